@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+// MatrixView: a pointer, a shape and two strides. Every algorithm of the library speaks this and nothing else.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "lowrank/core/errors.hpp"
+
+namespace lowrank {
+
+/// Signed sizes and indices, as Eigen has them.
+using Index = std::ptrdiff_t;
+
+/// Where consecutive elements lie: along a row, or along a column.
+enum class Order { row_major, col_major };
+
+/// A non-owning rectangle of scalars: element (i, j) is `data[i * row_stride + j * col_stride]`.
+///
+/// One of the two strides is always 1, so a view is row-major or column-major *at run time*, with a leading dimension
+/// for the other direction. Algorithms are templates on the scalar alone; only products look at the order. A transpose
+/// is a swap of strides. `MatrixView<const T>` is the read-only kind and converts implicitly from `MatrixView<T>`.
+///
+/// **Throws** ShapeError from the constructor: negative sizes, strides of which none is 1, strides so short that
+/// elements would share memory, a null pointer with a non-empty shape.
+/// **Cost** of any member: O(1), no allocation.
+template <class T>
+class MatrixView {
+ public:
+  using value_type = std::remove_const_t<T>;
+
+  constexpr MatrixView() = default;
+
+  constexpr MatrixView(T* data, Index rows, Index cols, Index row_stride, Index col_stride)
+      : data_(data), rows_(rows), cols_(cols), row_stride_(row_stride), col_stride_(col_stride) {
+    // A stride along an extent of 0 or 1 is never used; libraries leave 0, 1 or anything there. Give it the value that
+    // makes the view regular, so that "one stride is 1" holds for every vector there is.
+    if (rows_ <= 1 && cols_ <= 1) {
+      row_stride_ = col_stride_ = 1;
+    } else if (rows_ <= 1) {
+      row_stride_ = col_stride_ == 1 ? cols_ : 1;
+    } else if (cols_ <= 1) {
+      col_stride_ = row_stride_ == 1 ? rows_ : 1;
+    }
+    check();
+  }
+
+  /// Read-only view of a writable one.
+  template <class U>
+    requires(std::is_same_v<const U, T> && !std::is_same_v<U, T>)
+  constexpr MatrixView(const MatrixView<U>& other)  // NOLINT(google-explicit-constructor)
+      : data_(other.data()),
+        rows_(other.rows()),
+        cols_(other.cols()),
+        row_stride_(other.row_stride()),
+        col_stride_(other.col_stride()) {}
+
+  [[nodiscard]] constexpr T* data() const noexcept { return data_; }
+  [[nodiscard]] constexpr Index rows() const noexcept { return rows_; }
+  [[nodiscard]] constexpr Index cols() const noexcept { return cols_; }
+  [[nodiscard]] constexpr Index size() const noexcept { return rows_ * cols_; }
+  [[nodiscard]] constexpr bool empty() const noexcept { return rows_ == 0 || cols_ == 0; }
+  [[nodiscard]] constexpr Index row_stride() const noexcept { return row_stride_; }
+  [[nodiscard]] constexpr Index col_stride() const noexcept { return col_stride_; }
+  [[nodiscard]] constexpr Order order() const noexcept {
+    return col_stride_ == 1 ? Order::row_major : Order::col_major;
+  }
+  [[nodiscard]] constexpr bool is_row_major() const noexcept { return col_stride_ == 1; }
+  /// Distance between consecutive rows (row-major) or columns (column-major).
+  [[nodiscard]] constexpr Index leading_dimension() const noexcept {
+    return is_row_major() ? row_stride_ : col_stride_;
+  }
+  /// No gaps: the elements are `size()` consecutive scalars.
+  [[nodiscard]] constexpr bool is_contiguous() const noexcept {
+    const Index inner = is_row_major() ? cols_ : rows_, outer = is_row_major() ? rows_ : cols_;
+    return outer <= 1 || inner == 0 || leading_dimension() == inner;
+  }
+
+  constexpr T& operator()(Index i, Index j) const noexcept { return data_[i * row_stride_ + j * col_stride_]; }
+
+  /// The same memory read as the transposed matrix.
+  [[nodiscard]] constexpr MatrixView transposed() const noexcept {
+    return {Unchecked{}, data_, cols_, rows_, col_stride_, row_stride_};
+  }
+
+  /// Rows [i, i+rows) × columns [j, j+cols) of this view. **Throws** ShapeError when that is not inside.
+  [[nodiscard]] constexpr MatrixView block(Index i, Index j, Index rows, Index cols) const {
+    if (i < 0 || j < 0 || rows < 0 || cols < 0 || i + rows > rows_ || j + cols > cols_) [[unlikely]]
+      throw ShapeError(detail::text("MatrixView::block: block at (", i, ", ", j, ") of ",
+                                    detail::shape_text(rows, cols), " does not fit in ",
+                                    detail::shape_text(rows_, cols_)));
+    return {Unchecked{}, data_ + i * row_stride_ + j * col_stride_, rows, cols, row_stride_, col_stride_};
+  }
+  [[nodiscard]] constexpr MatrixView middle_rows(Index i, Index n) const { return block(i, 0, n, cols_); }
+  [[nodiscard]] constexpr MatrixView middle_cols(Index j, Index n) const { return block(0, j, rows_, n); }
+  [[nodiscard]] constexpr MatrixView row(Index i) const { return block(i, 0, 1, cols_); }
+  [[nodiscard]] constexpr MatrixView col(Index j) const { return block(0, j, rows_, 1); }
+
+ private:
+  struct Unchecked {};
+  constexpr MatrixView(Unchecked, T* data, Index rows, Index cols, Index row_stride, Index col_stride) noexcept
+      : data_(data), rows_(rows), cols_(cols), row_stride_(row_stride), col_stride_(col_stride) {}
+
+  constexpr void check() const {
+    if (rows_ < 0 || cols_ < 0) [[unlikely]]
+      throw ShapeError(
+          detail::text("MatrixView: sizes must not be negative, got ", detail::shape_text(rows_, cols_)));
+    if (row_stride_ != 1 && col_stride_ != 1) [[unlikely]]
+      throw ShapeError(detail::text(
+          "MatrixView: one stride must be 1 (rows or columns contiguous), got row stride ", row_stride_,
+          " and column stride ", col_stride_,
+          "; copy the matrix into contiguous storage first (lowrank::Matrix<T>, Eigen .eval(), xt::eval)"));
+    const Index inner = col_stride_ == 1 ? cols_ : rows_, outer = col_stride_ == 1 ? rows_ : cols_;
+    if (outer > 1 && leading_dimension() < inner) [[unlikely]]
+      throw ShapeError(detail::text("MatrixView: leading dimension ", leading_dimension(), " is shorter than the ",
+                                    inner, " elements it separates"));
+    if (data_ == nullptr && rows_ > 0 && cols_ > 0) [[unlikely]]
+      throw ShapeError(detail::text("MatrixView: null pointer for a ", detail::shape_text(rows_, cols_), " matrix"));
+  }
+
+  T* data_ = nullptr;
+  Index rows_ = 0, cols_ = 0, row_stride_ = 1, col_stride_ = 1;
+};
+
+/// Read-only view; what every input argument of the library is.
+template <class T>
+using ConstMatrixView = MatrixView<const T>;
+
+namespace detail {
+
+/// Whether two views touch a common byte range (conservative: compares the spans from first to last element).
+template <class T, class U>
+bool overlap(const MatrixView<T>& a, const MatrixView<U>& b) {
+  if (a.empty() || b.empty()) return false;
+  const auto first = [](const auto& v) { return reinterpret_cast<std::uintptr_t>(v.data()); };
+  const auto last = [](const auto& v) {
+    return reinterpret_cast<std::uintptr_t>(&v(v.rows() - 1, v.cols() - 1)) + sizeof(*v.data());
+  };
+  return first(a) < last(b) && first(b) < last(a);
+}
+
+/// Calls f(pointer, length) for every contiguous run of a view, in memory order: rows of a row-major view, columns of
+/// a column-major one, or everything at once. Elementwise loops go through here so that they never see an order.
+template <class T, class F>
+void for_each_run(const MatrixView<T>& v, F&& f) {
+  if (v.empty()) return;
+  if (v.is_contiguous()) return f(v.data(), v.size());
+  const Index outer = v.is_row_major() ? v.rows() : v.cols(), inner = v.is_row_major() ? v.cols() : v.rows();
+  for (Index o = 0; o < outer; ++o) f(v.data() + o * v.leading_dimension(), inner);
+}
+
+}  // namespace detail
+}  // namespace lowrank

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// How many threads a product may use, and the one parallel loop; OpenMP when the user's build has it, else one thread.
+#pragma once
+
+#include <algorithm>
+
+#include "lowrank/core/matrix_view.hpp"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace lowrank {
+
+/// The number of threads a parallel loop of this library would use now: OpenMP's setting (`OMP_NUM_THREADS`,
+/// `omp_set_num_threads`), 1 without OpenMP or inside somebody's parallel region.
+inline int max_threads() {
+#if defined(_OPENMP)
+  return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+namespace detail {
+
+/// Calls f(part, parts) once for every part in [0, parts), on as many threads. f must not throw.
+template <class F>
+void parallel_parts(int parts, F&& f) {
+#if defined(_OPENMP)
+  if (parts > 1) {
+#pragma omp parallel for schedule(static, 1) num_threads(parts)
+    for (int p = 0; p < parts; ++p) f(p, parts);
+    return;
+  }
+#endif
+  for (int p = 0; p < parts; ++p) f(p, parts);
+}
+
+/// Splits [0, n) into at most max_threads() ranges of at least `grain` and calls f(begin, end) on each. f must not throw.
+/// The split changes which thread does an element, never how it is computed.
+template <class F>
+void parallel_ranges(Index n, Index grain, F&& f) {
+  if (n <= 0) return;
+  const int parts = int(std::clamp<Index>(n / std::max<Index>(grain, 1), 1, max_threads()));
+  parallel_parts(parts, [&](int p, int of) { f(n * p / of, n * (p + 1) / of); });
+}
+
+}  // namespace detail
+}  // namespace lowrank

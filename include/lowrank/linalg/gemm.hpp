@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// gemm: the matrix product on views. The only algorithm that looks at storage orders.
+#pragma once
+
+#include "lowrank/core/view_of.hpp"
+#include "lowrank/linalg/few_rows.hpp"
+#include "lowrank/linalg/packed_gemm.hpp"
+
+#if defined(LOWRANK_USE_BLAS)
+#include <cblas.h>
+#endif
+
+namespace lowrank {
+
+/// What an output argument's old contents mean: overwritten, or added to.
+enum class Update { assign, accumulate };
+
+namespace detail {
+
+#if defined(LOWRANK_USE_BLAS)
+/// Below this many multiply-adds our kernel wins: BLAS pays for its own packing and thread hand-over.
+inline constexpr double blas_threshold = 1 << 24;
+
+/// C (row-major) = accumulate·C + α·P·Qᵀ by cblas.
+inline void blas_gemm(float alpha, MatrixView<const float> p, MatrixView<const float> q, bool accumulate,
+                      MatrixView<float> c) {
+  cblas_sgemm(CblasRowMajor, p.is_row_major() ? CblasNoTrans : CblasTrans,
+              q.is_row_major() ? CblasTrans : CblasNoTrans, int(c.rows()), int(c.cols()), int(p.cols()), alpha,
+              p.data(), int(p.leading_dimension()), q.data(), int(q.leading_dimension()), accumulate ? 1.0F : 0.0F,
+              c.data(), int(c.row_stride()));
+}
+inline void blas_gemm(double alpha, MatrixView<const double> p, MatrixView<const double> q, bool accumulate,
+                      MatrixView<double> c) {
+  cblas_dgemm(CblasRowMajor, p.is_row_major() ? CblasNoTrans : CblasTrans,
+              q.is_row_major() ? CblasTrans : CblasNoTrans, int(c.rows()), int(c.cols()), int(p.cols()), alpha,
+              p.data(), int(p.leading_dimension()), q.data(), int(q.leading_dimension()), accumulate ? 1.0 : 0.0,
+              c.data(), int(c.row_stride()));
+}
+#endif
+
+/// C = accumulate·C + α·P·Qᵀ with C's rows contiguous; P and Q in any order, Q perhaps in two-byte storage.
+template <class T, class S>
+void product_row_major(T alpha, MatrixView<const T> p, MatrixView<const S> q, bool accumulate, MatrixView<T> c) {
+  if (c.rows() <= few_rows_limit && p.col_stride() == 1)
+    return few_rows_product(alpha, p, q, accumulate, c);
+#if defined(LOWRANK_USE_BLAS)
+  if constexpr (std::same_as<S, T>)
+    if (double(c.size()) * double(p.cols()) >= blas_threshold) return blas_gemm(alpha, p, q, accumulate, c);
+#endif
+  gemm_packed(alpha, DenseSource<T>{p}, DenseSource<T, S>{q}, accumulate, c);
+}
+
+/// C = accumulate·C + α·P·Qᵀ for all orders; either operand may be in two-byte storage, not both.
+template <class T, class SP, class SQ>
+void product(T alpha, MatrixView<const SP> p, MatrixView<const SQ> q, bool accumulate, MatrixView<T> c) {
+  if (c.empty()) return;
+  if (p.cols() == 0 || alpha == T(0)) {
+    if (!accumulate) for_each_run(c, [](T* x, Index n) { std::fill_n(x, n, T(0)); });
+    return;
+  }
+  if (!c.is_row_major()) {  // Cᵀ = Q·Pᵀ is row-major
+    if constexpr (std::same_as<SQ, T>)
+      return product_row_major<T, SP>(alpha, q, p, accumulate, c.transposed());
+    else
+      return gemm_packed(alpha, DenseSource<T, SQ>{q}, DenseSource<T, SP>{p}, accumulate, c.transposed());
+  }
+  if constexpr (std::same_as<SP, T>)
+    product_row_major<T, SQ>(alpha, p, q, accumulate, c);
+  else
+    gemm_packed(alpha, DenseSource<T, SP>{p}, DenseSource<T, SQ>{q}, accumulate, c);
+}
+
+}  // namespace detail
+
+/// C = α·A·B (assign) or C += α·A·B (accumulate).
+///
+/// **Shapes** A m×k, B k×n, C m×n, each in any order; pass `x.transposed()` for a transposed operand. C must not overlap
+/// A or B. **Throws** ShapeError when sizes disagree, ArgumentError on overlap.
+/// **Cost** 2·m·n·k flops; no allocation once the calling threads have seen a product as large.
+/// **Numerics** sums run in T in blocks of 256 (float): error about k·eps·‖a‖·‖b‖ at worst; bits do not depend on the number
+/// of threads, unless LOWRANK_USE_BLAS hands big products to BLAS.
+template <Real T>
+void gemm(T alpha, std::type_identity_t<MatrixView<const T>> A, std::type_identity_t<MatrixView<const T>> B,
+          MatrixView<T> C, Update update = Update::assign) {
+  detail::expect_shape("gemm", "B", B.rows(), B.cols(), A.cols(), C.cols());
+  detail::expect_shape("gemm", "C", C.rows(), C.cols(), A.rows(), B.cols());
+  if (detail::overlap(C, A) || detail::overlap(C, B))
+    throw ArgumentError("gemm: C must not overlap A or B");
+  detail::product<T, T, T>(alpha, A, B.transposed(), update == Update::accumulate, C);
+}
+
+/// A·B as a new matrix. **Throws**, **Cost**: see gemm.
+template <Real T>
+Matrix<T> multiply(MatrixView<const T> A, std::type_identity_t<MatrixView<const T>> B) {
+  Matrix<T> C;
+  C.resize(A.rows(), B.cols());
+  gemm(T(1), A, B, C.view());
+  return C;
+}
+
+}  // namespace lowrank

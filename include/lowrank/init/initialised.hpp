@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// Initialised, what every initialiser returns: the factors, the base they stand on, and what it cost to find them.
+#pragma once
+
+#include <chrono>
+#include <cmath>
+#include <string>
+#include <type_traits>
+
+#include "lowrank/core/factors.hpp"
+
+namespace lowrank {
+
+namespace detail {
+template <class S>
+struct ArithmeticOf {
+  using type = float;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = double;
+};
+}  // namespace detail
+
+/// The scalar arithmetic is done in for elements stored as S: double for double, float for float, bf16 and f16.
+template <class S>
+using arithmetic_of = typename detail::ArithmeticOf<std::remove_const_t<S>>::type;
+
+/// The type the values of A and B will be stored in. `native` keeps every bit; the others round now, so that a residual
+/// base can be formed from exactly the factors that will be loaded again.
+enum class FactorStorage { native, bf16, f16 };
+
+/// What an initialiser did, in numbers.
+struct InitReport {
+  /// Name of the method, "pissa".
+  std::string method;
+  /// ‖s·B·A‖_F² as chosen, before rounding to storage: of W (pissa, milora, ...) or of the matrix the method decomposes
+  /// (eva: the inputs, lora_ga: the gradient). 0 for the methods that look at no data.
+  double captured_energy = 0;
+  /// ‖·‖_F² of the matrix decomposed.
+  double total_energy = 0;
+  /// ‖W − s·B·A‖_F, the norm of the base before it is rounded to storage; 0 when the base is unchanged.
+  double residual_norm = 0;
+  /// ‖W − (base + s·B·A)‖_F caused by storing the base in a narrower type; rounding in the type of arithmetic not
+  /// counted.
+  double storage_error = 0;
+  /// Passes over the matrix decomposed; 0 when a full decomposition was taken.
+  Index passes = 0;
+  double seconds = 0;
+  /// False when an iteration stopped before its tolerance; the factors are the best found, their products exact all the
+  /// same.
+  bool converged = true;
+  /// What a reader must know besides: fallbacks taken, damping chosen.
+  std::string notes;
+};
+
+/// A frozen base and the factors that stand on it: W = base + s·B·A for the methods that move part of W into the
+/// factors.
+///
+/// **Shapes** base out×in, or empty with `base_changed == false` when the layer keeps W itself; A r×in, B out×r.
+/// `Base` is how the base is stored (T, bf16 or f16), T what the factors are computed in.
+template <Real T, class Base = T>
+struct Initialised {
+  Matrix<Base> base;
+  bool base_changed = false;
+  LoraFactors<T> factors;
+  InitReport report;
+};
+
+namespace detail {
+
+/// s from the options' rank, alpha and rank_stabilised, checked.
+template <class Options>
+double scale_of(const Options& o) {
+  return o.rank_stabilised ? rslora_scale(o.alpha, o.rank) : lora_scale(o.alpha, o.rank);
+}
+
+class Stopwatch {
+ public:
+  [[nodiscard]] double seconds() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+/// Rounds the values of m to `storage` and back. Throws when a finite value leaves the type's range.
+template <Real T>
+void round_to_storage(const char* where, MatrixView<T> m, FactorStorage storage) {
+  if (storage == FactorStorage::native) return;
+  bool overflow = false;
+  for_each_run(m, [&](T* x, Index n) {
+    for (Index i = 0; i < n; ++i) {
+      const bool was_finite = std::isfinite(x[i]);
+      x[i] = storage == FactorStorage::bf16 ? T(float(bf16(x[i]))) : T(float(f16(x[i])));
+      overflow = overflow || (was_finite && !std::isfinite(x[i]));
+    }
+  });
+  if (overflow)
+    throw ArgumentError(text(where, ": a factor exceeds the range of ", storage == FactorStorage::bf16 ? "bf16" : "f16",
+                             "; store it in a wider type"));
+}
+
+/// Throws unless all elements are finite; names the function, the argument and the first offender.
+template <class S>
+void expect_finite(const char* where, const char* what, const MatrixView<S>& m) {
+  double sum = 0;  // NaN and infinity survive a sum of x·0
+  for_each_run(m, [&](const auto* x, Index n) {
+    double s = 0;
+    for (Index i = 0; i < n; ++i) s += double(x[i]) * 0.0;
+    sum += s;
+  });
+  if (sum == 0) return;
+  for (Index i = 0; i < m.rows(); ++i)
+    for (Index j = 0; j < m.cols(); ++j)
+      if (!std::isfinite(double(m(i, j))))
+        throw NonFiniteError(
+            text(where, ": ", what, " must be finite, got ", double(m(i, j)), " at (", i, ", ", j, ")"));
+}
+
+/// ‖m‖_F² accumulated in double.
+template <class S>
+double squared_norm(const MatrixView<S>& m) {
+  double sum = 0;
+  for_each_run(m, [&](const auto* x, Index n) {
+    double s = 0;
+    for (Index i = 0; i < n; ++i) s += double(x[i]) * double(x[i]);
+    sum += s;
+  });
+  return sum;
+}
+
+}  // namespace detail
+}  // namespace lowrank

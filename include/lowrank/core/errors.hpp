@@ -59,10 +59,7 @@ inline std::string to_text(std::string_view s) { return std::string(s); }
 inline std::string to_text(const char* s) { return s; }
 inline std::string to_text(bool b) { return b ? "true" : "false"; }
 template <class N>
-  requires std::is_integral_v<N>
-std::string to_text(N n) {
-  return std::to_string(n);
-}
+requires std::is_integral_v<N> std::string to_text(N n) { return std::to_string(n); }
 inline std::string to_text(double x) {
   char buffer[32];
   std::snprintf(buffer, sizeof buffer, "%.9g", x);
@@ -88,8 +85,8 @@ std::string shape_text(I rows, I cols) {
 template <class I>
 void expect_shape(const char* where, const char* what, I rows, I cols, I want_rows, I want_cols) {
   if (rows != want_rows || cols != want_cols) [[unlikely]]
-    throw ShapeError(text(where, ": ", what, " must be ", shape_text(want_rows, want_cols), ", got ",
-                          shape_text(rows, cols)));
+    throw ShapeError(
+        text(where, ": ", what, " must be ", shape_text(want_rows, want_cols), ", got ", shape_text(rows, cols)));
 }
 
 }  // namespace detail

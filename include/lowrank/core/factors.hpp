@@ -11,8 +11,8 @@ namespace lowrank {
 
 /// A low-rank update ΔW = scale · B · A.
 ///
-/// **Shapes** A is r×in, B is out×r; ΔW is out×in like the weight it belongs to. **Scale** s multiplies the product as it
-/// stands: α/r, α/√r and file conventions are translated into it once, at the edges (lora_scale, rslora_scale).
+/// **Shapes** A is r×in, B is out×r; ΔW is out×in like the weight it belongs to. **Scale** s multiplies the product as
+/// it stands: α/r, α/√r and file conventions are translated into it once, at the edges (lora_scale, rslora_scale).
 template <Real T>
 struct LoraFactors {
   Matrix<T> A, B;

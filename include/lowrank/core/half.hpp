@@ -82,7 +82,7 @@ concept Real = std::same_as<T, float> || std::same_as<T, double>;
 
 /// What a frozen weight may be stored in for arithmetic in T: T itself, or a two-byte type with float arithmetic.
 template <class S, class T>
-concept StorageOf = Real<T> && (std::same_as<S, T> ||
-                                (std::same_as<T, float> && (std::same_as<S, bf16> || std::same_as<S, f16>)));
+concept StorageOf = Real<T> &&
+    (std::same_as<S, T> || (std::same_as<T, float> && (std::same_as<S, bf16> || std::same_as<S, f16>)));
 
 }  // namespace lowrank

@@ -35,7 +35,7 @@ class Buffer {
   void resize(Index n) {
     if (n > capacity_) {
       release();
-      data_ = static_cast<T*>(::operator new(std::size_t(n) * sizeof(T), std::align_val_t{alignment}));
+      data_ = static_cast<T*>(::operator new (std::size_t(n) * sizeof(T), std::align_val_t{alignment}));
       capacity_ = n;
     }
     size_ = n;
@@ -59,7 +59,7 @@ class Buffer {
 
  private:
   void release() noexcept {
-    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{alignment});
+    if (data_ != nullptr) ::operator delete (data_, std::align_val_t{alignment});
     data_ = nullptr;
     size_ = capacity_ = 0;
   }
@@ -82,10 +82,7 @@ class Matrix {
   }
   /// A copy of any matrix-like thing of the same scalar, or of one that converts (float → double, bf16 → float).
   template <MatrixLike X>
-    requires(!std::is_same_v<std::remove_cvref_t<X>, Matrix>)
-  explicit Matrix(X&& other) {
-    assign(view_of(other));
-  }
+  requires(!std::is_same_v<std::remove_cvref_t<X>, Matrix>) explicit Matrix(X&& other) { assign(view_of(other)); }
 
   /// New shape; contents are unspecified afterwards. Allocates only when it must grow.
   void resize(Index rows, Index cols) {

@@ -48,8 +48,8 @@ class MatrixView {
 
   /// Read-only view of a writable one.
   template <class U>
-    requires(std::is_same_v<const U, T> && !std::is_same_v<U, T>)
-  constexpr MatrixView(const MatrixView<U>& other)  // NOLINT(google-explicit-constructor)
+  requires(std::is_same_v<const U, T> && !std::is_same_v<U, T>) constexpr MatrixView(
+      const MatrixView<U>& other)  // NOLINT(google-explicit-constructor)
       : data_(other.data()),
         rows_(other.rows()),
         cols_(other.cols()),
@@ -104,8 +104,7 @@ class MatrixView {
 
   constexpr void check() const {
     if (rows_ < 0 || cols_ < 0) [[unlikely]]
-      throw ShapeError(
-          detail::text("MatrixView: sizes must not be negative, got ", detail::shape_text(rows_, cols_)));
+      throw ShapeError(detail::text("MatrixView: sizes must not be negative, got ", detail::shape_text(rows_, cols_)));
     if (row_stride_ != 1 && col_stride_ != 1) [[unlikely]]
       throw ShapeError(detail::text(
           "MatrixView: one stride must be 1 (rows or columns contiguous), got row stride ", row_stride_,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Counter-based random numbers: element i of a stream is a function of (seed, stream, i), so any thread may make any part.
+// Counter-based random numbers: element i of a stream is a function of (seed, stream, i), so any thread may make any
+// part.
 #pragma once
 
 #include <array>
@@ -12,7 +13,8 @@ namespace lowrank {
 
 /// The standard normal quantile Φ⁻¹(p), 0 < p < 1; ±infinity at the ends.
 ///
-/// **Numerics** relative error about 1e-16. **Source** Wichura, Algorithm AS 241 (PPND16), Applied Statistics 37 (1988).
+/// **Numerics** relative error about 1e-16. **Source** Wichura, Algorithm AS 241 (PPND16), Applied Statistics 37
+/// (1988).
 inline double normal_quantile(double p) {
   const auto ratio = [](double r, const std::array<double, 8>& n, const std::array<double, 8>& d) {
     double num = n[7], den = d[7];
@@ -33,10 +35,9 @@ inline double normal_quantile(double p) {
                                            3.9307895800092710610e4,
                                            2.8729085735721942674e4,
                                            5.2264952788528545610e3};
-  static constexpr std::array<double, 8> c{1.42343711074968357734e0,  4.63033784615654529590e0,
-                                           5.76949722146069140550e0,  3.64784832476320460504e0,
-                                           1.27045825245236838258e0,  2.41780725177450611770e-1,
-                                           2.27238449892691845833e-2, 7.74545014278341407640e-4};
+  static constexpr std::array<double, 8> c{
+      1.42343711074968357734e0, 4.63033784615654529590e0,  5.76949722146069140550e0,  3.64784832476320460504e0,
+      1.27045825245236838258e0, 2.41780725177450611770e-1, 2.27238449892691845833e-2, 7.74545014278341407640e-4};
   static constexpr std::array<double, 8> d{1.0,
                                            2.05319162663775882187e0,
                                            1.67638483018380384940e0,
@@ -45,10 +46,9 @@ inline double normal_quantile(double p) {
                                            1.51986665636164571966e-2,
                                            5.47593808499534494600e-4,
                                            1.05075007164441684324e-9};
-  static constexpr std::array<double, 8> e{6.65790464350110377720e0,  5.46378491116411436990e0,
-                                           1.78482653991729133580e0,  2.96560571828504891230e-1,
-                                           2.65321895265761230930e-2, 1.24266094738807843860e-3,
-                                           2.71155556874348757815e-5, 2.01033439929228813265e-7};
+  static constexpr std::array<double, 8> e{
+      6.65790464350110377720e0,  5.46378491116411436990e0,  1.78482653991729133580e0,  2.96560571828504891230e-1,
+      2.65321895265761230930e-2, 1.24266094738807843860e-3, 2.71155556874348757815e-5, 2.01033439929228813265e-7};
   static constexpr std::array<double, 8> f{1.0,
                                            5.99832206555887937690e-1,
                                            1.36929880922735805310e-1,
@@ -96,8 +96,7 @@ class CounterRng {
   template <class T>
   void fill_normal(const MatrixView<T>& v, double mean = 0, double std = 1, std::uint64_t first = 0) const {
     for (Index i = 0; i < v.rows(); ++i)
-      for (Index j = 0; j < v.cols(); ++j)
-        v(i, j) = T(mean + std * normal(first + std::uint64_t(i * v.cols() + j)));
+      for (Index j = 0; j < v.cols(); ++j) v(i, j) = T(mean + std * normal(first + std::uint64_t(i * v.cols() + j)));
   }
   /// Fills a view with U(low, high), element (i, j) from index `first + i·cols + j` whatever the order.
   template <class T>

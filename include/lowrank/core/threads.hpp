@@ -37,8 +37,8 @@ void parallel_parts(int parts, F&& f) {
   for (int p = 0; p < parts; ++p) f(p, parts);
 }
 
-/// Splits [0, n) into at most max_threads() ranges of at least `grain` and calls f(begin, end) on each. f must not throw.
-/// The split changes which thread does an element, never how it is computed.
+/// Splits [0, n) into at most max_threads() ranges of at least `grain` and calls f(begin, end) on each. f must not
+/// throw. The split changes which thread does an element, never how it is computed.
 template <class F>
 void parallel_ranges(Index n, Index grain, F&& f) {
   if (n <= 0) return;

@@ -29,7 +29,9 @@ struct ViewTraits<MatrixView<T>> {
 
 namespace detail {
 template <class X>
-concept HasView = requires(X&& x) { ViewTraits<std::remove_cvref_t<X>>::view(x); };
+concept HasView = requires(X&& x) {
+  ViewTraits<std::remove_cvref_t<X>>::view(x);
+};
 
 /// An owning temporary dies at the end of the full expression: a view of it would dangle.
 template <class X>
@@ -40,8 +42,8 @@ inline constexpr bool is_owning_temporary = !std::is_lvalue_reference_v<X> && []
 }  // namespace detail
 
 /// Something `view_of` accepts: a lowrank, Eigen (include lowrank/eigen.hpp) or xtensor (lowrank/xtensor.hpp) matrix or
-/// a view of one, whose elements lie in memory with one stride of 1. Expressions (`A + B`) are not: evaluate them first.
-/// Owning temporaries are not either: give them a name.
+/// a view of one, whose elements lie in memory with one stride of 1. Expressions (`A + B`) are not: evaluate them
+/// first. Owning temporaries are not either: give them a name.
 template <class X>
 concept MatrixLike = detail::HasView<X> && !detail::is_owning_temporary<X>;
 
@@ -60,7 +62,7 @@ constexpr auto view_of(X&& x) {
 
 /// An owning temporary passed as a view. Name the matrix, then pass it.
 template <class X>
-  requires detail::is_owning_temporary<X>
+requires detail::is_owning_temporary<X>
 void view_of(X&&) = delete;
 
 /// The view of a raw buffer: rows × cols elements, rows (row-major) or columns (column-major) contiguous, consecutive

@@ -24,8 +24,8 @@ concept FrozenBase = Real<T> && requires(const B& b, MatrixView<const T> in, Mat
 };
 
 /// A frozen base whose elements our packed product can read panel by panel. A layer on it adds the low-rank term inside
-/// the big product instead of passing over Y once more. `panels()` gives W (rows = out, depth = in), `panels_transposed()`
-/// gives Wᵀ (rows = in, depth = out); both are detail::PanelSource.
+/// the big product instead of passing over Y once more. `panels()` gives W (rows = out, depth = in),
+/// `panels_transposed()` gives Wᵀ (rows = in, depth = out); both are detail::PanelSource.
 template <class B, class T>
 concept PackableBase = FrozenBase<B, T> && requires(const B& b) {
   { b.panels() } -> detail::PanelSource<T>;
@@ -37,7 +37,7 @@ concept PackableBase = FrozenBase<B, T> && requires(const B& b) {
 /// bf16 and f16 are widened in registers or in the packing of a product; W is never copied whole.
 /// **Shapes** W out×in in any order. **Cost** forward and backward 2·tokens·out·in flops each.
 template <Real T, class S = T>
-  requires StorageOf<S, T>
+requires StorageOf<S, T>
 class DenseBase {
  public:
   using scalar = T;
@@ -64,6 +64,10 @@ class DenseBase {
     detail::expect_shape("DenseBase::backward", "G", G.rows(), G.cols(), dX.rows(), rows());
     detail::expect_shape("DenseBase::backward", "dX", dX.rows(), dX.cols(), G.rows(), cols());
     detail::product<T, T, S>(T(1), G, view_.transposed(), update == Update::accumulate, dX);
+  }
+  /// Row i, widened, into cols() scalars at `out`: what an embedding reads.
+  void copy_row(Index i, T* out) const {
+    for (Index j = 0; j < cols(); ++j) out[j] = T(view_(i, j));
   }
   [[nodiscard]] auto panels() const { return detail::DenseSource<T, S>{view_}; }
   [[nodiscard]] auto panels_transposed() const { return detail::DenseSource<T, S>{view_.transposed()}; }

@@ -12,8 +12,8 @@ inline constexpr Index few_rows_limit = 4;
 /// Scalars of work below which a second thread costs more than it brings.
 inline constexpr Index few_rows_grain = 32768;
 
-/// C(i, j) = accumulate·C(i, j) + α·Σ_k P(i, k)·Q(j, k) for MR rows, Q's rows contiguous (`ldq` apart), P's rows contiguous.
-/// Four rows of Q at a time share the loads of P.
+/// C(i, j) = accumulate·C(i, j) + α·Σ_k P(i, k)·Q(j, k) for MR rows, Q's rows contiguous (`ldq` apart), P's rows
+/// contiguous. Four rows of Q at a time share the loads of P.
 template <int MR, class T, class S>
 void few_rows_dot(T alpha, MatrixView<const T> p, const S* q, Index ldq, bool accumulate, MatrixView<T> c, Index j0,
                   Index j1) {
@@ -46,8 +46,8 @@ void few_rows_dot(T alpha, MatrixView<const T> p, const S* q, Index ldq, bool ac
   for (; j < j1; ++j) block.template operator()<1>(j);
 }
 
-/// C(i, j) += α·Σ_k P(i, k)·Q(k, j) for MR rows, Q's rows contiguous (`ldq` apart), for columns [j0, j1) of C, whose rows
-/// are contiguous. Eight rows of Q at a time share the loads and stores of C.
+/// C(i, j) += α·Σ_k P(i, k)·Q(k, j) for MR rows, Q's rows contiguous (`ldq` apart), for columns [j0, j1) of C, whose
+/// rows are contiguous. Eight rows of Q at a time share the loads and stores of C.
 template <int MR, class T, class S>
 void few_rows_axpy(T alpha, MatrixView<const T> p, const S* q, Index ldq, MatrixView<T> c, Index j0, Index j1) {
   constexpr int L = lanes<T>, K = 8;

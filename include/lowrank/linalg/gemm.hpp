@@ -24,25 +24,22 @@ inline constexpr double blas_threshold = 1 << 24;
 /// C (row-major) = accumulate·C + α·P·Qᵀ by cblas.
 inline void blas_gemm(float alpha, MatrixView<const float> p, MatrixView<const float> q, bool accumulate,
                       MatrixView<float> c) {
-  cblas_sgemm(CblasRowMajor, p.is_row_major() ? CblasNoTrans : CblasTrans,
-              q.is_row_major() ? CblasTrans : CblasNoTrans, int(c.rows()), int(c.cols()), int(p.cols()), alpha,
-              p.data(), int(p.leading_dimension()), q.data(), int(q.leading_dimension()), accumulate ? 1.0F : 0.0F,
-              c.data(), int(c.row_stride()));
+  cblas_sgemm(CblasRowMajor, p.is_row_major() ? CblasNoTrans : CblasTrans, q.is_row_major() ? CblasTrans : CblasNoTrans,
+              int(c.rows()), int(c.cols()), int(p.cols()), alpha, p.data(), int(p.leading_dimension()), q.data(),
+              int(q.leading_dimension()), accumulate ? 1.0F : 0.0F, c.data(), int(c.row_stride()));
 }
 inline void blas_gemm(double alpha, MatrixView<const double> p, MatrixView<const double> q, bool accumulate,
                       MatrixView<double> c) {
-  cblas_dgemm(CblasRowMajor, p.is_row_major() ? CblasNoTrans : CblasTrans,
-              q.is_row_major() ? CblasTrans : CblasNoTrans, int(c.rows()), int(c.cols()), int(p.cols()), alpha,
-              p.data(), int(p.leading_dimension()), q.data(), int(q.leading_dimension()), accumulate ? 1.0 : 0.0,
-              c.data(), int(c.row_stride()));
+  cblas_dgemm(CblasRowMajor, p.is_row_major() ? CblasNoTrans : CblasTrans, q.is_row_major() ? CblasTrans : CblasNoTrans,
+              int(c.rows()), int(c.cols()), int(p.cols()), alpha, p.data(), int(p.leading_dimension()), q.data(),
+              int(q.leading_dimension()), accumulate ? 1.0 : 0.0, c.data(), int(c.row_stride()));
 }
 #endif
 
 /// C = accumulate·C + α·P·Qᵀ with C's rows contiguous; P and Q in any order, Q perhaps in two-byte storage.
 template <class T, class S>
 void product_row_major(T alpha, MatrixView<const T> p, MatrixView<const S> q, bool accumulate, MatrixView<T> c) {
-  if (c.rows() <= few_rows_limit && p.col_stride() == 1)
-    return few_rows_product(alpha, p, q, accumulate, c);
+  if (c.rows() <= few_rows_limit && p.col_stride() == 1) return few_rows_product(alpha, p, q, accumulate, c);
 #if defined(LOWRANK_USE_BLAS)
   if constexpr (std::same_as<S, T>)
     if (double(c.size()) * double(p.cols()) >= blas_threshold) return blas_gemm(alpha, p, q, accumulate, c);
@@ -74,18 +71,17 @@ void product(T alpha, MatrixView<const SP> p, MatrixView<const SQ> q, bool accum
 
 /// C = α·A·B (assign) or C += α·A·B (accumulate).
 ///
-/// **Shapes** A m×k, B k×n, C m×n, each in any order; pass `x.transposed()` for a transposed operand. C must not overlap
-/// A or B. **Throws** ShapeError when sizes disagree, ArgumentError on overlap.
+/// **Shapes** A m×k, B k×n, C m×n, each in any order; pass `x.transposed()` for a transposed operand. C must not
+/// overlap A or B. **Throws** ShapeError when sizes disagree, ArgumentError on overlap.
 /// **Cost** 2·m·n·k flops; no allocation once the calling threads have seen a product as large.
-/// **Numerics** sums run in T in blocks of 256 (float): error about k·eps·‖a‖·‖b‖ at worst; bits do not depend on the number
-/// of threads, unless LOWRANK_USE_BLAS hands big products to BLAS.
+/// **Numerics** sums run in T in blocks of 256 (float): error about k·eps·‖a‖·‖b‖ at worst; bits do not depend on the
+/// number of threads, unless LOWRANK_USE_BLAS hands big products to BLAS.
 template <Real T>
 void gemm(T alpha, std::type_identity_t<MatrixView<const T>> A, std::type_identity_t<MatrixView<const T>> B,
           MatrixView<T> C, Update update = Update::assign) {
   detail::expect_shape("gemm", "B", B.rows(), B.cols(), A.cols(), C.cols());
   detail::expect_shape("gemm", "C", C.rows(), C.cols(), A.rows(), B.cols());
-  if (detail::overlap(C, A) || detail::overlap(C, B))
-    throw ArgumentError("gemm: C must not overlap A or B");
+  if (detail::overlap(C, A) || detail::overlap(C, B)) throw ArgumentError("gemm: C must not overlap A or B");
   detail::product<T, T, T>(alpha, A, B.transposed(), update == Update::accumulate, C);
 }
 

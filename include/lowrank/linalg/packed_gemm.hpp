@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The packed product C = β·C + α·P·Qᵀ over panel sources: cache blocking, the register kernel, the split over threads.
 //
-// Why not Eigen's or BLAS' product: neither can be fed from anything but a dense matrix. Here W may be bf16, 4-bit codes,
-// or [W | B] at once, and only the packing step knows. It also allocates nothing in steady state, gives the same bits for
-// any number of threads (the depth is never split), and compiles in a fraction of Eigen's time.
+// Why not Eigen's or BLAS' product: neither can be fed from anything but a dense matrix. Here W may be bf16, 4-bit
+// codes, or [W | B] at once, and only the packing step knows. It also allocates nothing in steady state, gives the same
+// bits for any number of threads (the depth is never split), and compiles in a fraction of Eigen's time.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ namespace lowrank::detail {
 template <class T>
 inline constexpr int kernel_vectors = 2;
 template <class T>
-inline constexpr int kernel_cols = kernel_vectors<T> * lanes<T>;
+inline constexpr int kernel_cols = kernel_vectors<T>* lanes<T>;
 
 /// Depth of a packed block: a panel of kernel_cols × depth stays in a 32 KiB L1.
 template <class T>
@@ -56,13 +56,12 @@ template <class T, int MR, int NV>
   }
   if (cols == NV * L) [[likely]] {
     LOWRANK_UNROLL
-    for (int i = 0; i < MR; ++i)
-      LOWRANK_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        T* out = c + i * ldc + v * L;
-        const V x = alpha * acc[i][v];
-        store(out, accumulate ? load<V>(out) + x : x);
-      }
+    for (int i = 0; i < MR; ++i) LOWRANK_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      T* out = c + i * ldc + v * L;
+      const V x = alpha * acc[i][v];
+      store(out, accumulate ? load<V>(out) + x : x);
+    }
   } else {
     for (int i = 0; i < MR; ++i) {
       T row[NV * L];
@@ -133,8 +132,7 @@ void gemm_block(T alpha, const P& p, const Q& q, bool accumulate, MatrixView<T> 
   const Index kc_max = (depth + blocks - 1) / blocks;
   // Blocks of equal height, so that the last one is not a sliver.
   const Index row_blocks = std::max<Index>(1, (i1 - i0 + block_rows<T> - 1) / block_rows<T>);
-  const Index mc_max =
-      ((i1 - i0 + row_blocks - 1) / row_blocks + kernel_rows - 1) / kernel_rows * kernel_rows;
+  const Index mc_max = ((i1 - i0 + row_blocks - 1) / row_blocks + kernel_rows - 1) / kernel_rows * kernel_rows;
   GemmScratch<T>& scratch = GemmScratch<T>::local();
 
   for (Index jc = j0; jc < j1; jc += block_cols<T>) {
@@ -171,8 +169,8 @@ void gemm_block(T alpha, const P& p, const Q& q, bool accumulate, MatrixView<T> 
 
 /// C = accumulate·C + α·P·Qᵀ; C row-major with p.rows() rows and q.rows() columns; depths equal and at least 1.
 ///
-/// Threads split the columns of C (so each packs its own part of Q, the expensive operand when it is a quantised weight)
-/// unless there are too few of them.
+/// Threads split the columns of C (so each packs its own part of Q, the expensive operand when it is a quantised
+/// weight) unless there are too few of them.
 template <class T, PanelSource<T> P, PanelSource<T> Q>
 void gemm_packed(T alpha, const P& p, const Q& q, bool accumulate, MatrixView<T> c) {
   constexpr Index NR = kernel_cols<T>;

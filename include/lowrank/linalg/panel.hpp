@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Panel sources: what a packed product reads its operands from. Packing is where bf16 widens and two matrices become one.
+// Panel sources: what a packed product reads its operands from. Packing is where bf16 widens and two matrices become
+// one.
 #pragma once
 
 #include <algorithm>
@@ -89,8 +90,7 @@ struct DepthConcat {
   void pack(Index i0, Index count, Index k0, Index kc, T* out) const {
     const Index split = std::clamp<Index>(first.depth() - k0, 0, kc);
     if (split > 0) first.template pack<W>(i0, count, k0, split, out);
-    if (split < kc)
-      second.template pack<W>(i0, count, k0 + split - first.depth(), kc - split, out + split * W);
+    if (split < kc) second.template pack<W>(i0, count, k0 + split - first.depth(), kc - split, out + split * W);
   }
 };
 

@@ -61,7 +61,7 @@ inline void store(T* p, const V& v) {
 /// N consecutive elements stored as S, as a vector of N scalars T: a plain load, or two bytes widened to float exactly.
 template <class T, int N, class S>
 inline auto load_as(const S* p) {
-  using V = typename VecOf<T, N * int(sizeof(T))>::type;
+  using V = typename VecOf<T, N* int(sizeof(T))>::type;
   if constexpr (std::same_as<S, T>) {
     return load<V>(p);
   } else {
@@ -92,7 +92,7 @@ inline T sum_lanes(const Vec<T>& v) {
 template <int N, class V, int Step = 1>
 inline void transpose_square(V (&r)[N]) {
   if constexpr (Step < N) {
-    const auto swap_blocks = []<int... I>(V& a, V& b, std::integer_sequence<int, I...>) {
+    const auto swap_blocks = []<int... I>(V & a, V & b, std::integer_sequence<int, I...>) {
       // Lane i of the new a: a[i] where bit Step of i is clear, else b[i - Step]; the new b gets the rest.
       const V low = __builtin_shufflevector(a, b, ((I & Step) ? N + I - Step : I)...);
       const V high = __builtin_shufflevector(a, b, ((I & Step) ? N + I : I + Step)...);

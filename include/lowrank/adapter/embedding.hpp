@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+// Embedding tables, frozen with a low-rank update or trained in full: rows looked up by token id.
+#pragma once
+
+#include <cstdint>
+
+#include "lowrank/adapter/lora.hpp"
+
+namespace lowrank {
+
+namespace detail {
+
+inline void check_ids(const char* where, std::span<const std::int32_t> ids, Index vocab) {
+  for (std::size_t t = 0; t < ids.size(); ++t)
+    if (ids[t] < 0 || ids[t] >= vocab) [[unlikely]]
+      throw ArgumentError(text(where, ": token id must lie in [0, ", vocab, "), got ", ids[t], " at position ", t));
+}
+
+}  // namespace detail
+
+/// A frozen table whose rows can be read: `copy_row(i, out)` writes the cols() scalars of row i.
+template <class B, class T>
+concept RowReadable = requires(const B& b, Index i, T* out) {
+  { b.rows() } -> std::convertible_to<Index>;
+  { b.cols() } -> std::convertible_to<Index>;
+  b.copy_row(i, out);
+};
+
+/// y_t = E[id_t] + s·B·A[:, id_t] with the table E (vocab×dim) frozen.
+///
+/// **Shapes** as PEFT stores them: "lora_embedding_A" r×vocab (zeros at the start), "lora_embedding_B" dim×r; Y
+/// tokens×dim.
+/// **Cost** 2·tokens·dim·r flops and a row copy a token; the gradient of A touches only the columns of tokens seen
+/// (and is cleared first when assigned). **Source** PEFT's Embedding layer; Hu et al., arXiv 2106.09685.
+template <Real T, class Base = DenseBase<T>>
+requires RowReadable<Base, T>
+class LoraEmbedding {
+ public:
+  using scalar = T;
+
+  /// `factors` of the *transposed* table: A r×vocab, B dim×r. **Throws** ShapeError, ArgumentError as LoraLinear.
+  LoraEmbedding(Base table, const LoraFactors<T>& factors)
+      : base_(std::move(table)),
+        scale_(factors.scale),
+        parameters_({{"lora_embedding_A", factors.A.rows(), factors.A.cols()},
+                     {"lora_embedding_B", factors.B.rows(), factors.B.cols()}}) {
+    detail::check_factors("LoraEmbedding", factors);
+    detail::check_rank("LoraEmbedding", factors.rank(), base_.rows(), base_.cols());
+    detail::expect_shape("LoraEmbedding", "A", factors.A.rows(), factors.A.cols(), factors.rank(), base_.rows());
+    detail::expect_shape("LoraEmbedding", "B", factors.B.rows(), factors.B.cols(), base_.cols(), factors.rank());
+    std::copy(factors.A.data(), factors.A.data() + factors.A.size(), A().data());
+    std::copy(factors.B.data(), factors.B.data() + factors.B.size(), B().data());
+  }
+
+  [[nodiscard]] Index vocabulary() const noexcept { return base_.rows(); }
+  [[nodiscard]] Index dimension() const noexcept { return base_.cols(); }
+  [[nodiscard]] Index rank() const noexcept { return A().rows(); }
+  [[nodiscard]] const Base& base() const noexcept { return base_; }
+  [[nodiscard]] T scale() const noexcept { return scale_; }
+  [[nodiscard]] MatrixView<T> A() noexcept { return parameters_.value(0); }
+  [[nodiscard]] MatrixView<T> B() noexcept { return parameters_.value(1); }
+  [[nodiscard]] MatrixView<const T> A() const noexcept { return parameters_.value(0); }
+  [[nodiscard]] MatrixView<const T> B() const noexcept { return parameters_.value(1); }
+  [[nodiscard]] Parameters<T>& parameters() noexcept { return parameters_; }
+  [[nodiscard]] const Parameters<T>& parameters() const noexcept { return parameters_; }
+  [[nodiscard]] LoraFactors<T> factors() const { return {Matrix<T>(A()), Matrix<T>(B()), scale_}; }
+
+  /// Rows for the ids. **Throws** ArgumentError for an id outside the vocabulary, ShapeError unless Y is tokens×dim.
+  template <MatrixOf<T> Y>
+  void forward(std::span<const std::int32_t> ids, Y&& y, LoraWorkspace<T>& ws) const {
+    const MatrixView<T> Y_ = view_of(y);
+    const Index tokens = Index(ids.size());
+    detail::expect_shape("LoraEmbedding::forward", "Y", Y_.rows(), Y_.cols(), tokens, dimension());
+    detail::check_ids("LoraEmbedding::forward", ids, vocabulary());
+    ws.tokens = tokens;
+    ws.T_.resize(tokens, rank());
+    ws.U.resize(1, dimension());
+    for (Index t = 0; t < tokens; ++t) {
+      const Index id = ids[std::size_t(t)];
+      base_.copy_row(id, ws.U.data());
+      for (Index j = 0; j < dimension(); ++j) Y_(t, j) = ws.U(0, j);
+      for (Index k = 0; k < rank(); ++k) ws.T_(t, k) = scale_ * A()(k, id);
+    }
+    detail::product<T, T, T>(T(1), MatrixView<const T>(ws.T_.view()), B(), true, Y_);
+  }
+
+  /// dB = Gᵀ·T and dA[:, id_t] += s·Bᵀ·g_t, for the forward pass kept in `ws`.
+  template <MatrixOf<const T> G>
+  void backward(std::span<const std::int32_t> ids, G&& g, LoraWorkspace<T>& ws, Update gradients = Update::accumulate) {
+    const MatrixView<const T> G_ = view_of(g);
+    const Index tokens = Index(ids.size());
+    detail::expect_shape("LoraEmbedding::backward", "G", G_.rows(), G_.cols(), tokens, dimension());
+    detail::check_ids("LoraEmbedding::backward", ids, vocabulary());
+    if (ws.tokens != tokens)
+      throw ArgumentError(detail::text("LoraEmbedding::backward: the workspace must hold the forward pass of these ",
+                                       tokens, " tokens, it holds ", ws.tokens));
+    const MatrixView<T> dA = parameters_.gradient(0), dB = parameters_.gradient(1);
+    const MatrixView<const T> kept = ws.T_.view();
+    ws.U.resize(tokens, rank());
+    detail::product<T, T, T>(scale_, G_, MatrixView<const T>(B()).transposed(), false, ws.U.view());
+    detail::product<T, T, T>(T(1), G_.transposed(), kept.transposed(), gradients == Update::accumulate, dB);
+    if (gradients == Update::assign) std::fill(dA.data(), dA.data() + dA.size(), T(0));
+    for (Index t = 0; t < tokens; ++t)
+      for (Index k = 0; k < rank(); ++k) dA(k, ids[std::size_t(t)]) += ws.U(t, k);
+  }
+
+ private:
+  Base base_;
+  T scale_;
+  Parameters<T> parameters_;
+};
+
+/// y_t = E[id_t] with the table trained ("weight", vocab×dim).
+template <Real T>
+class FullEmbedding {
+ public:
+  using scalar = T;
+
+  /// Starts from the table, vocab×dim, copied.
+  template <MatrixLike W>
+  explicit FullEmbedding(W&& table) : parameters_({{"weight", view_of(table).rows(), view_of(table).cols()}}) {
+    const auto source = view_of(table);
+    for (Index i = 0; i < source.rows(); ++i)
+      for (Index j = 0; j < source.cols(); ++j) weight()(i, j) = T(source(i, j));
+  }
+
+  [[nodiscard]] Index vocabulary() const noexcept { return weight().rows(); }
+  [[nodiscard]] Index dimension() const noexcept { return weight().cols(); }
+  [[nodiscard]] MatrixView<T> weight() noexcept { return parameters_.value(0); }
+  [[nodiscard]] MatrixView<const T> weight() const noexcept { return parameters_.value(0); }
+  [[nodiscard]] Parameters<T>& parameters() noexcept { return parameters_; }
+  [[nodiscard]] const Parameters<T>& parameters() const noexcept { return parameters_; }
+
+  template <MatrixOf<T> Y>
+  void forward(std::span<const std::int32_t> ids, Y&& y, LoraWorkspace<T>& /*ws*/) const {
+    const MatrixView<T> Y_ = view_of(y);
+    detail::expect_shape("FullEmbedding::forward", "Y", Y_.rows(), Y_.cols(), Index(ids.size()), dimension());
+    detail::check_ids("FullEmbedding::forward", ids, vocabulary());
+    for (Index t = 0; t < Y_.rows(); ++t)
+      for (Index j = 0; j < dimension(); ++j) Y_(t, j) = weight()(ids[std::size_t(t)], j);
+  }
+  template <MatrixOf<const T> G>
+  void backward(std::span<const std::int32_t> ids, G&& g, LoraWorkspace<T>& /*ws*/,
+                Update gradients = Update::accumulate) {
+    const MatrixView<const T> G_ = view_of(g);
+    detail::expect_shape("FullEmbedding::backward", "G", G_.rows(), G_.cols(), Index(ids.size()), dimension());
+    detail::check_ids("FullEmbedding::backward", ids, vocabulary());
+    const MatrixView<T> d = parameters_.gradient(0);
+    if (gradients == Update::assign) std::fill(d.data(), d.data() + d.size(), T(0));
+    for (Index t = 0; t < G_.rows(); ++t)
+      for (Index j = 0; j < dimension(); ++j) d(ids[std::size_t(t)], j) += G_(t, j);
+  }
+
+ private:
+  Parameters<T> parameters_;
+};
+
+}  // namespace lowrank

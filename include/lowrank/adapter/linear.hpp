@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+// The two ends a LoRA layer is compared with: the weight left alone, and the weight trained in full. Same interface.
+#pragma once
+
+#include "lowrank/adapter/lora.hpp"
+
+namespace lowrank {
+
+/// Y = X·Wᵀ (+ b), nothing trainable; has LoraLinear's interface so that a model can hold any of them.
+template <Real T, class Base = DenseBase<T>>
+requires FrozenBase<Base, T>
+class FrozenLinear {
+ public:
+  using scalar = T;
+
+  /// **Throws** ShapeError when the bias does not have out elements.
+  explicit FrozenLinear(Base base, std::vector<T> bias = {})
+      : base_(std::move(base)), bias_(detail::checked_bias("FrozenLinear", std::move(bias), base_.rows())) {}
+
+  [[nodiscard]] Index in_features() const noexcept { return base_.cols(); }
+  [[nodiscard]] Index out_features() const noexcept { return base_.rows(); }
+  [[nodiscard]] const Base& base() const noexcept { return base_; }
+  [[nodiscard]] std::span<const T> bias() const noexcept { return bias_; }
+  [[nodiscard]] Parameters<T>& parameters() noexcept { return parameters_; }
+  [[nodiscard]] const Parameters<T>& parameters() const noexcept { return parameters_; }
+
+  template <MatrixOf<const T> X, MatrixOf<T> Y>
+  void forward(X&& x, Y&& y, LoraWorkspace<T>& /*ws*/, Phase /*phase*/ = Phase::train) const {
+    const MatrixView<T> yv = view_of(y);
+    base_.forward(view_of(x), yv, Update::assign);
+    if (!bias_.empty()) detail::add_bias<T>(bias_, yv);
+  }
+  template <MatrixOf<const T> X, MatrixOf<const T> G, MatrixOf<T> DX>
+  void backward(X&& /*x*/, G&& g, LoraWorkspace<T>& /*ws*/, DX&& dx, BackwardOptions options = {}) {
+    base_.backward(view_of(g), view_of(dx), options.dx);
+  }
+  template <MatrixOf<const T> X, MatrixOf<const T> G>
+  void backward(X&& /*x*/, G&& /*g*/, LoraWorkspace<T>& /*ws*/, BackwardOptions /*options*/ = {}) {}
+
+ private:
+  Base base_;
+  std::vector<T> bias_;
+  Parameters<T> parameters_;
+};
+
+/// Y = X·Wᵀ (+ b) with W (and b) trained: full fine-tuning, the baseline of every comparison.
+///
+/// Parameters "weight" out×in, a copy of what it was made from, and "bias" 1×out when it has one.
+/// **Cost** forward 2·tokens·out·in flops, backward twice that; dW = Gᵀ·X is formed into the gradient block.
+template <Real T>
+class FullLinear {
+ public:
+  using scalar = T;
+
+  /// Starts from W, out×in, copied. **Throws** ShapeError when the bias does not have out elements.
+  template <MatrixLike W>
+  explicit FullLinear(W&& w, const std::vector<T>& bias = {})
+      : parameters_(table(view_of(w).rows(), view_of(w).cols(), !bias.empty())) {
+    const auto source = view_of(w);
+    const MatrixView<T> weight = parameters_.value(0);
+    detail::checked_bias("FullLinear", bias, weight.rows());
+    for (Index i = 0; i < weight.rows(); ++i)
+      for (Index j = 0; j < weight.cols(); ++j) weight(i, j) = T(source(i, j));
+    for (std::size_t j = 0; j < bias.size(); ++j) parameters_.value(1)(0, Index(j)) = bias[j];
+  }
+
+  [[nodiscard]] Index in_features() const noexcept { return weight().cols(); }
+  [[nodiscard]] Index out_features() const noexcept { return weight().rows(); }
+  [[nodiscard]] MatrixView<T> weight() noexcept { return parameters_.value(0); }
+  [[nodiscard]] MatrixView<const T> weight() const noexcept { return parameters_.value(0); }
+  [[nodiscard]] std::span<const T> bias() const noexcept {
+    return has_bias() ? std::span<const T>(parameters_.value(1).data(), std::size_t(out_features()))
+                      : std::span<const T>();
+  }
+  [[nodiscard]] Parameters<T>& parameters() noexcept { return parameters_; }
+  [[nodiscard]] const Parameters<T>& parameters() const noexcept { return parameters_; }
+
+  template <MatrixOf<const T> X, MatrixOf<T> Y>
+  void forward(X&& x, Y&& y, LoraWorkspace<T>& /*ws*/, Phase /*phase*/ = Phase::train) const {
+    const MatrixView<T> yv = view_of(y);
+    DenseBase<T>(weight()).forward(view_of(x), yv, Update::assign);
+    if (has_bias()) detail::add_bias<T>(bias(), yv);
+  }
+  /// dW (+)= Gᵀ·X, dX = G·W. dX must not overlap G; it may be X's own memory. **Throws** ShapeError on sizes that
+  /// disagree.
+  template <MatrixOf<const T> X, MatrixOf<const T> G, MatrixOf<T> DX>
+  void backward(X&& x, G&& g, LoraWorkspace<T>& ws, DX&& dx, BackwardOptions options = {}) {
+    backward(x, g, ws, options);
+    DenseBase<T>(weight()).backward(view_of(g), view_of(dx), options.dx);
+  }
+  template <MatrixOf<const T> X, MatrixOf<const T> G>
+  void backward(X&& x, G&& g, LoraWorkspace<T>& /*ws*/, BackwardOptions options = {}) {
+    const MatrixView<const T> X_ = view_of(x), G_ = view_of(g);
+    detail::expect_shape("FullLinear::backward", "X", X_.rows(), X_.cols(), G_.rows(), in_features());
+    detail::expect_shape("FullLinear::backward", "G", G_.rows(), G_.cols(), X_.rows(), out_features());
+    const bool add = options.gradients == Update::accumulate;
+    detail::product<T, T, T>(T(1), G_.transposed(), X_.transposed(), add, parameters_.gradient(0));
+    if (has_bias()) detail::bias_gradient<T>(G_, add, parameters_.gradient(1));
+  }
+
+ private:
+  static std::vector<ParameterInfo> table(Index out, Index in, bool bias) {
+    std::vector<ParameterInfo> t{{"weight", out, in}};
+    if (bias) t.push_back({"bias", 1, out});
+    return t;
+  }
+  [[nodiscard]] bool has_bias() const noexcept { return parameters_.table().size() > 1; }
+
+  Parameters<T> parameters_;
+};
+
+}  // namespace lowrank

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// LoraLinear: a frozen weight with a trainable low-rank update, as a layer for any training loop.
+#pragma once
+
+#include <vector>
+
+#include "lowrank/adapter/lora_functions.hpp"
+#include "lowrank/adapter/parameters.hpp"
+#include "lowrank/core/factors.hpp"
+
+namespace lowrank {
+
+/// What a LoraLinear does besides the formula.
+struct LoraLinearOptions {
+  double dropout = 0;       ///< probability in [0, 1) with which an input of the low-rank path is dropped in training
+  std::uint64_t seed = 0;   ///< of the dropout masks
+  bool train_bias = false;  ///< whether the bias is a parameter too (PEFT's bias="lora_only")
+};
+
+namespace detail {
+
+/// Adds a bias of `out` scalars to every row of Y.
+template <class T>
+void add_bias(std::span<const T> bias, MatrixView<T> Y) {
+  for (Index i = 0; i < Y.rows(); ++i)
+    for (Index j = 0; j < Y.cols(); ++j) Y(i, j) += bias[std::size_t(j)];
+}
+
+/// db = column sums of G, in double.
+template <class T>
+void bias_gradient(MatrixView<const T> G, bool accumulate, MatrixView<T> db) {
+  for (Index j = 0; j < G.cols(); ++j) {
+    double sum = accumulate ? double(db(0, j)) : 0.0;
+    for (Index i = 0; i < G.rows(); ++i) sum += double(G(i, j));
+    db(0, j) = T(sum);
+  }
+}
+
+inline double checked_dropout(const char* where, double p) {
+  if (!(p >= 0 && p < 1)) throw ArgumentError(text(where, ": dropout must lie in [0, 1), got ", p));
+  return p;
+}
+
+template <class T>
+std::vector<T> checked_bias(const char* where, std::vector<T> bias, Index out) {
+  if (!bias.empty() && Index(bias.size()) != out)
+    throw ShapeError(text(where, ": bias must have ", out, " elements, got ", bias.size()));
+  return bias;
+}
+
+}  // namespace detail
+
+/// Y = X·Wᵀ (+ b) + s·(X·Aᵀ)·Bᵀ with W frozen and A, B trainable.
+///
+/// Owns its parameters ("lora_A" r×in, "lora_B" out×r, and "bias" 1×out when trained) in one flat block; takes
+/// activations and gradients in whatever the caller's loop has. One layer may be used by several forward passes at a
+/// time, each with its own workspace.
+///
+///     LoraLinear<float> layer(DenseBase<float>(view_of(W)), kaiming<float>(out, in, {.rank = 16, .alpha = 32}));
+///     LoraWorkspace<float> ws;
+///     layer.forward(X, Y, ws);            // Y tokens×out
+///     layer.backward(X, G, ws, dX);       // adds to layer.parameters().gradients()
+///
+/// **Shapes** X tokens×in, Y and G tokens×out, dX tokens×in; a column-major in×tokens matrix passed as its transpose
+/// has the same bytes. **Cost** forward 2·tokens·(out·in + r(out + in)), backward the same plus 2·tokens·r(out + in)
+/// flops; no allocation once the workspace has seen the largest batch. **Source** Hu et al., arXiv 2106.09685.
+template <Real T, class Base = DenseBase<T>>
+requires FrozenBase<Base, T>
+class LoraLinear {
+ public:
+  using scalar = T;
+
+  /// **Throws** ShapeError when factors or bias do not fit the base; ArgumentError for rank 0 or above min(out, in), a
+  /// scale that is not finite, dropout outside [0, 1).
+  LoraLinear(Base base, const LoraFactors<T>& factors, const LoraLinearOptions& options = {}, std::vector<T> bias = {})
+      : base_(std::move(base)),
+        scale_(factors.scale),
+        options_(options),
+        bias_(detail::checked_bias("LoraLinear", std::move(bias), base_.rows())),
+        parameters_(table(base_, factors, options.train_bias)) {
+    detail::check_factors("LoraLinear", factors);
+    detail::check_rank("LoraLinear", factors.rank(), base_.rows(), base_.cols());
+    detail::expect_shape("LoraLinear", "A", factors.A.rows(), factors.A.cols(), factors.rank(), base_.cols());
+    detail::expect_shape("LoraLinear", "B", factors.B.rows(), factors.B.cols(), base_.rows(), factors.rank());
+    detail::checked_dropout("LoraLinear", options.dropout);
+    set_factors(factors);
+    if (options.train_bias) {
+      const MatrixView<T> b = parameters_.value(2);
+      for (std::size_t j = 0; j < bias_.size(); ++j) b(0, Index(j)) = bias_[j];
+    }
+  }
+
+  [[nodiscard]] Index in_features() const noexcept { return base_.cols(); }
+  [[nodiscard]] Index out_features() const noexcept { return base_.rows(); }
+  [[nodiscard]] Index rank() const noexcept { return A().rows(); }
+  [[nodiscard]] const Base& base() const noexcept { return base_; }
+  [[nodiscard]] T scale() const noexcept { return scale_; }
+  [[nodiscard]] MatrixView<T> A() noexcept { return parameters_.value(0); }
+  [[nodiscard]] MatrixView<T> B() noexcept { return parameters_.value(1); }
+  [[nodiscard]] MatrixView<const T> A() const noexcept { return parameters_.value(0); }
+  [[nodiscard]] MatrixView<const T> B() const noexcept { return parameters_.value(1); }
+  /// Bias as it is now, empty when the layer has none.
+  [[nodiscard]] std::span<const T> bias() const noexcept {
+    return options_.train_bias ? std::span<const T>(parameters_.value(2).data(), std::size_t(out_features()))
+                               : std::span<const T>(bias_);
+  }
+  [[nodiscard]] Parameters<T>& parameters() noexcept { return parameters_; }
+  [[nodiscard]] const Parameters<T>& parameters() const noexcept { return parameters_; }
+
+  /// A copy of the adapter as plain data.
+  [[nodiscard]] LoraFactors<T> factors() const { return {Matrix<T>(A()), Matrix<T>(B()), scale_}; }
+  /// Puts other values (and another scale) of the same shapes in. **Throws** ShapeError otherwise.
+  void set_factors(const LoraFactors<T>& f) {
+    detail::expect_shape("LoraLinear::set_factors", "A", f.A.rows(), f.A.cols(), A().rows(), A().cols());
+    detail::expect_shape("LoraLinear::set_factors", "B", f.B.rows(), f.B.cols(), B().rows(), B().cols());
+    std::copy(f.A.data(), f.A.data() + f.A.size(), A().data());
+    std::copy(f.B.data(), f.B.data() + f.B.size(), B().data());
+    scale_ = f.scale;
+  }
+
+  /// Y from X; keeps what backward needs in `ws`. In Phase::train a positive dropout acts on the low-rank path's input.
+  /// **Throws** ShapeError on sizes that disagree, ArgumentError when Y overlaps X.
+  template <MatrixOf<const T> X, MatrixOf<T> Y>
+  void forward(X&& x, Y&& y, LoraWorkspace<T>& ws, Phase phase = Phase::train) const {
+    const MatrixView<const T> xv = view_of(x);
+    const MatrixView<T> yv = view_of(y);
+    detail::expect_shape("LoraLinear::forward", "X", xv.rows(), xv.cols(), xv.rows(), in_features());
+    detail::expect_shape("LoraLinear::forward", "Y", yv.rows(), yv.cols(), xv.rows(), out_features());
+    const bool drops = phase == Phase::train && options_.dropout > 0;
+    if (drops) ++ws.call;
+    lora_forward<T>(base_, A(), B(), scale_, xv, yv, ws, mask(drops, ws));
+    if (!bias().empty()) detail::add_bias<T>(bias(), yv);
+  }
+
+  /// Gradients of A, B (and a trained bias) into parameters().gradients(), and dX, for the forward pass kept in `ws`.
+  /// dX may be X's own memory. **Throws** ShapeError on sizes that disagree, ArgumentError without a matching forward
+  /// or when dX overlaps G.
+  template <MatrixOf<const T> X, MatrixOf<const T> G, MatrixOf<T> DX>
+  void backward(X&& x, G&& g, LoraWorkspace<T>& ws, DX&& dx, BackwardOptions options = {}) {
+    backward_impl(view_of(x), view_of(g), ws, MatrixView<T>(view_of(dx)), options);
+  }
+  /// The same without dX, for the first layer of a model.
+  template <MatrixOf<const T> X, MatrixOf<const T> G>
+  void backward(X&& x, G&& g, LoraWorkspace<T>& ws, BackwardOptions options = {}) {
+    backward_impl(view_of(x), view_of(g), ws, std::nullopt, options);
+  }
+
+ private:
+  static std::vector<ParameterInfo> table(const Base& base, const LoraFactors<T>& f, bool train_bias) {
+    std::vector<ParameterInfo> t{{"lora_A", f.A.rows(), f.A.cols()}, {"lora_B", f.B.rows(), f.B.cols()}};
+    if (train_bias) t.push_back({"bias", 1, Index(base.rows())});
+    return t;
+  }
+  [[nodiscard]] std::optional<detail::DropoutMask> mask(bool drops, const LoraWorkspace<T>& ws) const {
+    if (!drops) return std::nullopt;
+    return detail::DropoutMask(options_.dropout, options_.seed, ws.call);
+  }
+  void backward_impl(MatrixView<const T> X, MatrixView<const T> G, LoraWorkspace<T>& ws,
+                     std::optional<MatrixView<T>> dX, BackwardOptions options) {
+    detail::expect_shape("LoraLinear::backward", "X", X.rows(), X.cols(), X.rows(), in_features());
+    detail::expect_shape("LoraLinear::backward", "G", G.rows(), G.cols(), X.rows(), out_features());
+    if (options_.train_bias)
+      detail::bias_gradient<T>(G, options.gradients == Update::accumulate, parameters_.gradient(2));
+    lora_backward<T>(base_, A(), B(), scale_, X, G, ws, parameters_.gradient(0), parameters_.gradient(1), dX, options,
+                     mask(ws.masked, ws));
+  }
+
+  Base base_;
+  T scale_;
+  LoraLinearOptions options_;
+  std::vector<T> bias_;
+  Parameters<T> parameters_;
+};
+
+}  // namespace lowrank

@@ -111,7 +111,7 @@ RankChoice rank_above_noise(std::span<const T> sigma, Index m, Index n, double n
 /// One matrix among many that share a budget: its shape and its leading singular values, sorted descending.
 struct BudgetItem {
   Index rows = 0, cols = 0;
-  std::vector<double> sigma;
+  std::vector<double> sigma = {};
 };
 
 struct BudgetOptions {

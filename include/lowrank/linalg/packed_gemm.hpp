@@ -56,11 +56,13 @@ template <class T, int MR, int NV>
   }
   if (cols == NV * L) [[likely]] {
     LOWRANK_UNROLL
-    for (int i = 0; i < MR; ++i) LOWRANK_UNROLL
-    for (int v = 0; v < NV; ++v) {
-      T* out = c + i * ldc + v * L;
-      const V x = alpha * acc[i][v];
-      store(out, accumulate ? load<V>(out) + x : x);
+    for (int i = 0; i < MR; ++i) {
+      LOWRANK_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        T* out = c + i * ldc + v * L;
+        const V x = alpha * acc[i][v];
+        store(out, accumulate ? load<V>(out) + x : x);
+      }
     }
   } else {
     for (int i = 0; i < MR; ++i) {

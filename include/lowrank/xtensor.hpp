@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0
+// The xtensor front end: containers, adaptors and strided views of any dimension become matrices, and come back by
+// as_xtensor. Works with the flat headers of xtensor up to 0.25 and the nested ones from 0.26.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <type_traits>
+
+#if __has_include(<xtensor/containers/xadapt.hpp>)
+#include <xtensor/containers/xadapt.hpp>
+#include <xtensor/containers/xarray.hpp>
+#include <xtensor/containers/xfixed.hpp>
+#include <xtensor/containers/xtensor.hpp>
+#include <xtensor/views/xstrided_view.hpp>
+#include <xtensor/views/xview.hpp>
+#else
+#include <xtensor/xadapt.hpp>
+#include <xtensor/xarray.hpp>
+#include <xtensor/xfixed.hpp>
+#include <xtensor/xstrided_view.hpp>
+#include <xtensor/xtensor.hpp>
+#include <xtensor/xview.hpp>
+#endif
+
+#include "lowrank/core/half.hpp"
+#include "lowrank/core/matrix.hpp"
+#include "lowrank/core/view_of.hpp"
+
+namespace lowrank {
+namespace detail {
+
+// A list of types rather than "anything with data() and strides()": xtensor's functor views (xt::real, ...) have both
+// and mean something else by them.
+
+/// Whether storage E of an adaptor dies with it: a reference and a buffer without ownership do not.
+template <class E>
+inline constexpr bool xtensor_storage_owns = !std::is_reference_v<E>;
+template <class P, class A>
+inline constexpr bool xtensor_storage_owns<xt::xbuffer_adaptor<P, xt::no_ownership, A>> = false;
+
+/// What the front end knows of an xtensor type: whether its elements lie in memory, and whether it owns them.
+template <class X>
+struct XtensorKind {
+  static constexpr bool in_memory = false, owning = false;
+};
+template <bool Owning>
+struct XtensorInMemory {
+  static constexpr bool in_memory = true, owning = Owning;
+};
+template <class E, xt::layout_type L, class S, class Tag>
+struct XtensorKind<xt::xarray_container<E, L, S, Tag>> : XtensorInMemory<true> {};
+template <class E, std::size_t N, xt::layout_type L, class Tag>
+struct XtensorKind<xt::xtensor_container<E, N, L, Tag>> : XtensorInMemory<true> {};
+template <class T, class S, xt::layout_type L, bool Sharable, class Tag>
+struct XtensorKind<xt::xfixed_container<T, S, L, Sharable, Tag>> : XtensorInMemory<true> {};
+template <class E, xt::layout_type L, class S, class Tag>
+struct XtensorKind<xt::xarray_adaptor<E, L, S, Tag>> : XtensorInMemory<xtensor_storage_owns<E>> {};
+template <class E, std::size_t N, xt::layout_type L, class Tag>
+struct XtensorKind<xt::xtensor_adaptor<E, N, L, Tag>> : XtensorInMemory<xtensor_storage_owns<E>> {};
+template <class E, std::size_t N, xt::layout_type L, class Tag>
+struct XtensorKind<xt::xtensor_view<E, N, L, Tag>> : XtensorInMemory<xtensor_storage_owns<E>> {};
+/// A view holds what it looks at by reference, or by value when that was a temporary; views of views by value.
+template <class C, class... Slices>
+struct XtensorKind<xt::xview<C, Slices...>> {
+  using Inner = XtensorKind<std::remove_cvref_t<C>>;
+  static constexpr bool in_memory = Inner::in_memory, owning = Inner::owning && !std::is_reference_v<C>;
+};
+template <class C, class S, xt::layout_type L, class F>
+struct XtensorKind<xt::xstrided_view<C, S, L, F>> {
+  using Inner = XtensorKind<std::remove_cvref_t<C>>;
+  static constexpr bool in_memory = Inner::in_memory, owning = Inner::owning && !std::is_reference_v<C>;
+};
+
+/// Views that pick elements one by one (xt::keep, xt::drop, index lists) have no strides, and so no data() either.
+template <class X>
+concept XtensorInMemoryType = XtensorKind<X>::in_memory && requires(const X& x) {
+  x.data();
+  x.data_offset();
+  x.strides();
+  x.shape();
+};
+
+/// An xtensor expression (`a + b`, a broadcast, a view of single elements, ...): no elements until it is evaluated.
+template <class X>
+concept XtensorExpressionToEvaluateFirst =
+    xt::is_xexpression<std::remove_cvref_t<X>>::value && !XtensorInMemoryType<std::remove_cvref_t<X>>;
+
+/// Row count and strides of an N-D array read as a matrix whose columns are its last dimension.
+struct Collapsed {
+  Index rows = 1, cols = 1, row_stride = 1, col_stride = 1;
+};
+
+/// Collapses all dimensions but the last into rows, in row-major order of the leading indices.
+/// **Throws** ShapeError for a scalar, or when the leading dimensions are not evenly spaced in memory.
+template <class Shape, class Strides>
+Collapsed collapse(const Shape& shape, const Strides& strides) {
+  const std::size_t n = shape.size();
+  if (n == 0) throw ShapeError("view_of(xtensor): a zero-dimensional array is not a matrix");
+  Collapsed c{.cols = Index(shape[n - 1]), .col_stride = Index(strides[n - 1])};
+  bool spaced = true, first = true;
+  Index next = 0;  // the stride that continues the rows seen so far
+  for (std::size_t i = n - 1; i-- > 0;) {
+    const Index extent = Index(shape[i]), stride = Index(strides[i]);
+    c.rows *= extent;
+    if (extent == 1) continue;  // its stride is never used; xtensor says 0
+    if (first) c.row_stride = stride;
+    spaced = spaced && (first || stride == next);
+    next = stride * extent;
+    first = false;
+  }
+  if (c.rows == 0 || c.cols == 0) return {.rows = c.rows, .cols = c.cols, .row_stride = std::max<Index>(c.cols, 1)};
+  if (!spaced) [[unlikely]] {
+    std::string got_shape, got_strides;
+    for (std::size_t i = 0; i < n; ++i) {
+      if (i > 0) got_shape += ", ", got_strides += ", ";
+      got_shape += to_text(Index(shape[i]));
+      got_strides += to_text(Index(strides[i]));
+    }
+    throw ShapeError(text("view_of(xtensor): the leading dimensions of an array of shape (", got_shape,
+                          ") with strides (", got_strides,
+                          ") are not evenly spaced, so they do not read as the rows of a matrix; copy it into a "
+                          "row-major container first (xt::eval or xt::xtensor<T, N> y = x)"));
+  }
+  return c;
+}
+
+}  // namespace detail
+
+/// How xtensor's containers, adaptors, views and strided views become views: same pointer plus data offset, no copy.
+///
+/// **Shapes** an array of shape [d₀, …, dₙ, in] is the matrix (d₀·…·dₙ)×in, tokens in row-major order of the leading
+/// indices; a 1-D array is one row. Row- and column-major layouts both serve in two dimensions.
+/// **Throws** ShapeError for a 0-D array, for leading dimensions that are not evenly spaced (a slice of the middle one,
+/// a column-major batch), and for strides of which none is 1; the message names the copy to make.
+template <detail::XtensorInMemoryType X>
+requires Real<typename X::value_type>
+struct ViewTraits<X> {
+  static constexpr bool owning = detail::XtensorKind<X>::owning;
+
+  static auto view(X& x) { return make(x.data(), x); }
+  static auto view(const X& x) { return make(x.data(), x); }
+
+ private:
+  template <class T>
+  static MatrixView<T> make(T* data, const X& x) {
+    const detail::Collapsed c = detail::collapse(x.shape(), x.strides());
+    return {data + Index(x.data_offset()), c.rows, c.cols, c.row_stride, c.col_stride};
+  }
+};
+
+/// An xtensor expression has no elements to look at. Evaluate it into a named container, then pass that.
+template <class X>
+requires detail::XtensorExpressionToEvaluateFirst<X>
+void view_of(X&&) = delete;
+
+/// A view as a two-dimensional xtensor adaptor with the view's strides.
+/// **Cost** O(1), no copy (xtensor's shape bookkeeping aside).
+template <class T>
+auto as_xtensor(MatrixView<T> v) {
+  const std::array<std::size_t, 2> shape{std::size_t(v.rows()), std::size_t(v.cols())};
+  // xtensor wants stride 0 along an extent of 1, or its assignments take the slow road.
+  const std::array<std::ptrdiff_t, 2> strides{v.rows() == 1 ? 0 : v.row_stride(), v.cols() == 1 ? 0 : v.col_stride()};
+  return xt::adapt(v.data(), std::size_t(v.size()), xt::no_ownership(), shape, strides);
+}
+
+/// A lowrank::Matrix as a row-major xtensor adaptor. The matrix must outlive it, so temporaries are refused.
+template <class T>
+auto as_xtensor(Matrix<T>& m) {
+  const std::array<std::size_t, 2> shape{std::size_t(m.rows()), std::size_t(m.cols())};
+  return xt::adapt<xt::layout_type::row_major>(m.data(), std::size_t(m.size()), xt::no_ownership(), shape);
+}
+template <class T>
+auto as_xtensor(const Matrix<T>& m) {
+  const std::array<std::size_t, 2> shape{std::size_t(m.rows()), std::size_t(m.cols())};
+  return xt::adapt<xt::layout_type::row_major>(m.data(), std::size_t(m.size()), xt::no_ownership(), shape);
+}
+template <class T>
+void as_xtensor(Matrix<T>&&) = delete;
+
+}  // namespace lowrank

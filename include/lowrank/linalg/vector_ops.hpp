@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector kernels under the decompositions: dot, axpy and a norm that neither overflows nor underflows.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "lowrank/linalg/simd.hpp"
+
+namespace lowrank::detail {
+
+/// Σ x_i·y_i in T, in an order that depends on n alone.
+template <class T>
+T dot(Index n, const T* x, const T* y) {
+  constexpr int L = lanes<T>;
+  Vec<T> a{}, b{}, c{}, d{};
+  Index i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) {
+    a += load<Vec<T>>(x + i) * load<Vec<T>>(y + i);
+    b += load<Vec<T>>(x + i + L) * load<Vec<T>>(y + i + L);
+    c += load<Vec<T>>(x + i + 2 * L) * load<Vec<T>>(y + i + 2 * L);
+    d += load<Vec<T>>(x + i + 3 * L) * load<Vec<T>>(y + i + 3 * L);
+  }
+  for (; i + L <= n; i += L) a += load<Vec<T>>(x + i) * load<Vec<T>>(y + i);
+  T sum = sum_lanes<T>((a + b) + (c + d));
+  for (; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+/// y += α·x.
+template <class T>
+void axpy(Index n, T alpha, const T* x, T* y) {
+  constexpr int L = lanes<T>;
+  Index i = 0;
+  for (; i + L <= n; i += L) store(y + i, load<Vec<T>>(y + i) + alpha * load<Vec<T>>(x + i));
+  for (; i < n; ++i) y[i] += alpha * x[i];
+}
+
+/// Σ x_i² in double.
+template <class T>
+double sum_of_squares(Index n, const T* x) {
+  if constexpr (std::same_as<T, double>) {
+    return dot(n, x, x);
+  } else {
+    constexpr int L = lanes<double>;
+    Vec<double> a{}, b{};
+    Index i = 0;
+    for (; i + 2 * L <= n; i += 2 * L) {
+      const auto u = __builtin_convertvector(load_as<float, L>(x + i), Vec<double>);
+      const auto v = __builtin_convertvector(load_as<float, L>(x + i + L), Vec<double>);
+      a += u * u;
+      b += v * v;
+    }
+    double sum = sum_lanes<double>(a + b);
+    for (; i < n; ++i) sum += double(x[i]) * double(x[i]);
+    return sum;
+  }
+}
+
+/// ‖x‖₂ in double; the squares of doubles near the ends of the range are taken of scaled elements.
+template <class T>
+double norm2(Index n, const T* x) {
+  const double sum = sum_of_squares(n, x);
+  if constexpr (std::same_as<T, double>) {
+    if (!(sum > 1e-280 && sum < 1e280)) [[unlikely]] {
+      double largest = 0;
+      for (Index i = 0; i < n; ++i) largest = std::max(largest, std::abs(x[i]));
+      if (largest == 0 || !std::isfinite(largest)) return largest;
+      double scaled = 0;
+      for (Index i = 0; i < n; ++i) scaled += (x[i] / largest) * (x[i] / largest);
+      return largest * std::sqrt(scaled);
+    }
+  }
+  return std::sqrt(sum);
+}
+
+}  // namespace lowrank::detail

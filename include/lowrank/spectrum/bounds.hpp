@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+// Error bounds for rank metrics: what is certain when singular values carry an error, or when only the largest are
+// known.
+#pragma once
+
+#include <numbers>
+#include <vector>
+
+#include "lowrank/spectrum/metrics.hpp"
+
+namespace lowrank {
+
+/// Between which values each metric certainly lies. A rank whose two ends agree is exact.
+struct SpectrumBounds {
+  SpectrumMetrics lower, upper;
+
+  /// Whether both ends of an energy rank agree: `bounds.exact(&SpectrumMetrics::energy_rank_90)`.
+  [[nodiscard]] bool exact(Index SpectrumMetrics::*rank) const { return lower.*rank == upper.*rank; }
+};
+
+/// What is known of a spectrum.
+struct SpectrumKnowledge {
+  /// Every singular value given is within this of the true one (absolute, the unit of the matrix).
+  double error = 0;
+  /// ‖W‖_F when it is known by itself, from the elements; negative: only from the values. Required when the values are
+  /// not all min(m, n).
+  double frobenius = -1;
+  /// Relative error of `frobenius`. A double sum over fewer than 2^30 elements keeps this.
+  double frobenius_error = 1e-12;
+  /// See numerical_rank.
+  double eps = std::numeric_limits<float>::epsilon();
+};
+
+namespace detail {
+
+/// −x·ln x, 0 at 0.
+inline double entropy_term(double x) { return x > 0 ? -x * std::log(x) : 0; }
+
+/// Head values in [lo_i, hi_i], and a tail of `count` values ≤ cap whose squares sum to something in [energy_lo,
+/// energy_hi]. Everything relative to the largest upper end.
+struct SpectrumBox {
+  std::vector<double> lo, hi;
+  double count = 0, cap = 0, energy_lo = 0, energy_hi = 0;
+
+  /// The tail's Σσ: Σσ²/cap ≤ Σσ ≤ √(count·Σσ²).
+  [[nodiscard]] double tail_sum_lo() const { return cap > 0 ? energy_lo / cap : 0; }
+  [[nodiscard]] double tail_sum_hi() const { return std::min(std::sqrt(count * energy_hi), count * cap); }
+};
+
+struct Interval {
+  double lo = 0, hi = 0;
+};
+
+/// Entropy of p = σ/Σσ is ln S + G/S with S = Σσ, G = Σ −σ·ln σ: growing in G; in S it falls until S = G and rises
+/// after. A tail of sum t has t·(−ln cap) ≤ G_tail ≤ t·ln(count/t). Each end is the extreme of a smooth function of
+/// (S_head, t) over a rectangle, found among its corners, edge minima and the one inner root.
+inline Interval entropy_interval(const SpectrumBox& b) {
+  Interval S, G;
+  for (std::size_t i = 0; i < b.lo.size(); ++i) {
+    S.lo += b.lo[i];
+    S.hi += b.hi[i];
+    const double at_lo = entropy_term(b.lo[i]), at_hi = entropy_term(b.hi[i]);
+    G.lo += std::min(at_lo, at_hi);
+    G.hi +=
+        b.lo[i] <= 1 / std::numbers::e && b.hi[i] >= 1 / std::numbers::e ? 1 / std::numbers::e : std::max(at_lo, at_hi);
+  }
+  const Interval t{b.tail_sum_lo(), b.tail_sum_hi()};
+  const auto entropy = [](double s, double g) { return s > 0 ? std::log(s) + g / s : 0.0; };
+  const double slope = b.cap > 0 ? -std::log(b.cap) : 0;
+  const auto low = [&](double s, double x) { return entropy(s + x, G.lo + x * slope); };
+  const auto high = [&](double s, double x) {
+    return entropy(s + x, G.hi + (x > 0 ? x * std::log(std::max(b.count, 1.0) / x) : 0));
+  };
+  Interval h{INFINITY, 0};
+  for (const double s : {S.lo, S.hi}) {
+    for (const double x : {t.lo, t.hi, std::clamp(G.lo - s * (1 + slope), t.lo, t.hi)})
+      h.lo = std::min(h.lo, low(s, x));
+    const double peak = s > 0 ? b.count * std::exp(-G.hi / s) : t.hi;
+    for (const double x : {t.lo, t.hi, std::clamp(peak, t.lo, t.hi)}) h.hi = std::max(h.hi, high(s, x));
+  }
+  for (const double x : {t.lo, t.hi}) h.lo = std::min(h.lo, low(std::clamp(G.lo + x * slope - x, S.lo, S.hi), x));
+  h.lo = std::max(h.lo, 0.0);
+  return h;
+}
+
+/// The interval of the energy rank for a share τ. Within the head it follows from partial sums; beyond it from the tail
+/// being sorted: its first j values hold at least j/count of its energy, and at most j·cap².
+inline Interval energy_rank_interval(const SpectrumBox& b, double tau, Interval total, bool total_known) {
+  Interval sum, r{-1, -1};
+  const std::size_t k = b.lo.size();
+  double tail_lo = 0, tail_hi = 0;  // energy of the values after i, when the total has to come from the values
+  if (!total_known)
+    for (std::size_t i = 0; i < k; ++i) {
+      tail_lo += b.lo[i] * b.lo[i];
+      tail_hi += b.hi[i] * b.hi[i];
+    }
+  for (std::size_t i = 0; i < k && r.hi < 0; ++i) {
+    sum.lo += b.lo[i] * b.lo[i];
+    sum.hi += b.hi[i] * b.hi[i];
+    Interval all = total;
+    if (!total_known) {
+      tail_lo = std::max(0.0, tail_lo - b.lo[i] * b.lo[i]);
+      tail_hi = std::max(0.0, tail_hi - b.hi[i] * b.hi[i]);
+      all = {sum.hi + tail_lo, sum.lo + tail_hi};
+    }
+    // Rounding of the sums themselves: never claim exactness that hangs on the last bits.
+    const double slack = 4e-16 * double(k + 4) * (total_known ? total.hi : std::max(all.lo, all.hi));
+    if (r.lo < 0 && sum.hi + slack >= tau * all.lo) r.lo = double(i + 1);
+    if (sum.lo - slack >= tau * all.hi) r.hi = double(i + 1);
+  }
+  const double last = double(k) + b.count;
+  if (r.lo < 0) {
+    const double missing = tau * total.lo - sum.hi;
+    r.lo =
+        std::min(last, double(k) + (b.cap > 0 ? std::max(1.0, std::ceil(missing / (b.cap * b.cap) * (1 - 1e-12))) : 0));
+  }
+  if (r.hi < 0) {
+    const double missing = tau * total.hi - sum.lo;
+    r.hi = b.energy_lo > 0
+               ? std::min(last, double(k) + std::max(1.0, std::ceil(b.count * missing / b.energy_lo * (1 + 1e-12))))
+               : last;
+  }
+  return r;
+}
+
+}  // namespace detail
+
+/// Bounds of every metric from all singular values with an error, or from the largest k of them and ‖W‖_F.
+///
+/// **Shapes** sigma: all min(m, n) values, or fewer, and then `frobenius` is required. **Scale** `error` and
+/// `frobenius` in the unit of the matrix. **Throws** see SingularValues; ShapeError when there are too many values;
+/// ArgumentError when `frobenius` is missing, or smaller than the values allow.
+/// **Cost** O(k). **Numerics** with a truncated list the bounds rest on σ_i ≤ σ_k + error for the values not given,
+/// which a converged truncated SVD delivers; and the rank metrics whose bounds are wide then are just not known from k
+/// values. Entropies use interval arithmetic over the head and the extreme tails (flat, or packed under the cap), so
+/// effective rank's bounds are rigorous but not tight.
+/// **Source** elementary: sorted tails, Cauchy–Schwarz, concavity of −x·ln x.
+template <SingularValues S>
+SpectrumBounds spectrum_bounds(const S& sigma, Index rows, Index cols, const SpectrumKnowledge& known = {}) {
+  const auto s = detail::sigma_span(sigma);
+  SpectrumBounds out;
+  const auto estimate = spectrum_metrics(sigma, rows, cols, known.eps);  // checks the values and their number
+  if (!(known.error >= 0) || !std::isfinite(known.error))
+    throw ArgumentError(detail::text("spectrum_bounds: error must be finite and not negative, got ", known.error));
+  const Index N = std::min(rows, cols), k = Index(s.size());
+  const bool total_known = known.frobenius >= 0;
+  if (k < N && !total_known)
+    throw ArgumentError(detail::text("spectrum_bounds: ", k, " of ", N, " singular values need the Frobenius norm"));
+  if (N == 0) return out;
+  const double unit = k > 0 ? double(s[0]) + known.error : known.frobenius;
+  if (unit == 0) return out;
+
+  detail::SpectrumBox b;
+  detail::Interval head;
+  for (const auto x : s) {
+    b.lo.push_back(std::max(0.0, double(x) - known.error) / unit);
+    b.hi.push_back((double(x) + known.error) / unit);
+    head.lo += b.lo.back() * b.lo.back();
+    head.hi += b.hi.back() * b.hi.back();
+  }
+  detail::Interval total = head;
+  if (total_known) {
+    const double f = known.frobenius / unit;
+    total = {f * f * (1 - 2 * known.frobenius_error), f * f * (1 + 2 * known.frobenius_error)};
+    if (total.hi < head.lo * (1 - 1e-9))
+      throw ArgumentError(detail::text("spectrum_bounds: the values alone have norm ", estimate.frobenius_norm,
+                                       ", more than the Frobenius norm ", known.frobenius));
+  }
+  b.count = double(N - k);
+  if (k < N) {
+    b.cap = k > 0 ? b.hi.back() : 1;
+    b.energy_lo = std::max(0.0, total.lo - head.hi);
+    b.energy_hi = std::min(std::max(0.0, total.hi - head.lo), b.count * b.cap * b.cap);
+  }
+  const double F_lo = std::sqrt(total.lo), F_hi = std::sqrt(total.hi);
+  const double top_lo = k > 0 ? b.lo[0] : F_lo / std::sqrt(double(N)), top_hi = 1;
+
+  double sum_lo = b.tail_sum_lo(), sum_hi = b.tail_sum_hi();
+  double four_lo = b.count > 0 ? b.energy_lo * b.energy_lo / b.count : 0, four_hi = b.energy_hi * b.cap * b.cap;
+  for (std::size_t i = 0; i < b.lo.size(); ++i) {
+    sum_lo += b.lo[i];
+    sum_hi += b.hi[i];
+    four_lo += std::pow(b.lo[i], 4);
+    four_hi += std::pow(b.hi[i], 4);
+  }
+  auto &lo = out.lower, &hi = out.upper;
+  lo.spectral_norm = unit * top_lo;
+  hi.spectral_norm = unit * top_hi;
+  lo.frobenius_norm = unit * F_lo;
+  hi.frobenius_norm = unit * F_hi;
+  lo.nuclear_norm = unit * std::max(sum_lo, F_lo);
+  hi.nuclear_norm = unit * std::min(sum_hi, F_hi * std::sqrt(double(N)));
+  const auto rank = [&](double tau, Index SpectrumMetrics::*field) {
+    const auto r = detail::energy_rank_interval(b, tau, total, total_known);
+    lo.*field = Index(r.lo);
+    hi.*field = Index(r.hi);
+  };
+  rank(0.90, &SpectrumMetrics::energy_rank_90);
+  rank(0.95, &SpectrumMetrics::energy_rank_95);
+  rank(0.99, &SpectrumMetrics::energy_rank_99);
+  const auto entropy = detail::entropy_interval(b);
+  const double most = double(N);
+  lo.effective_rank = std::clamp(std::exp(entropy.lo), 1.0, most);
+  hi.effective_rank = std::min(std::exp(entropy.hi), most);
+  lo.stable_rank = std::clamp(total.lo / (top_hi * top_hi), 1.0, most);
+  hi.stable_rank = top_lo > 0 ? std::min(total.hi / (top_lo * top_lo), most) : most;
+  lo.participation_ratio = std::clamp(four_hi > 0 ? total.lo * total.lo / four_hi : 1, 1.0, most);
+  hi.participation_ratio = four_lo > 0 ? std::min(total.hi * total.hi / four_lo, most) : most;
+  const double scale = double(std::max(rows, cols)) * known.eps;
+  for (std::size_t i = 0; i < b.lo.size(); ++i) {
+    lo.numerical_rank += b.lo[i] > top_hi * scale ? 1 : 0;
+    hi.numerical_rank += b.hi[i] > top_lo * scale ? 1 : 0;
+  }
+  if (k < N) {  // a tail of energy E has at least E/cap² members, if they are all above the tolerance
+    const double tolerance = top_lo * scale, tail_top = b.count > 0 ? std::sqrt(b.energy_lo / b.count) : 0;
+    if (tail_top > top_hi * scale) lo.numerical_rank += 1;
+    if (b.cap > tolerance) hi.numerical_rank += Index(std::min(b.count, b.energy_hi / (tolerance * tolerance)));
+  }
+  lo.condition_number = k == N ? b.lo[0] / b.hi.back() : std::max(1.0, b.cap > 0 ? top_lo / b.cap : 1.0);
+  hi.condition_number = k == N && b.lo.back() > 0 ? top_hi / b.lo.back() : std::numeric_limits<double>::infinity();
+  lo.condition_number = std::max(lo.condition_number, 1.0);
+  return out;
+}
+
+}  // namespace lowrank

@@ -128,14 +128,14 @@ inline Interval energy_rank_interval(const SpectrumBox& b, double tau, Interval 
 /// Bounds of every metric from all singular values with an error, or from the largest k of them and ‖W‖_F.
 ///
 /// **Shapes** sigma: all min(m, n) values, or fewer, and then `frobenius` is required. **Scale** `error` and
-/// `frobenius` in the unit of the matrix. **Throws** see SingularValues; ShapeError when there are too many values;
+/// `frobenius` in the unit of the matrix. **Throws** see SingularValueList; ShapeError when there are too many values;
 /// ArgumentError when `frobenius` is missing, or smaller than the values allow.
 /// **Cost** O(k). **Numerics** with a truncated list the bounds rest on σ_i ≤ σ_k + error for the values not given,
 /// which a converged truncated SVD delivers; and the rank metrics whose bounds are wide then are just not known from k
 /// values. Entropies use interval arithmetic over the head and the extreme tails (flat, or packed under the cap), so
 /// effective rank's bounds are rigorous but not tight.
 /// **Source** elementary: sorted tails, Cauchy–Schwarz, concavity of −x·ln x.
-template <SingularValues S>
+template <SingularValueList S>
 SpectrumBounds spectrum_bounds(const S& sigma, Index rows, Index cols, const SpectrumKnowledge& known = {}) {
   const auto s = detail::sigma_span(sigma);
   SpectrumBounds out;

@@ -22,7 +22,7 @@ namespace lowrank {
 /// others are zero. Each function checks this in one pass and throws ArgumentError (NonFiniteError for NaN and
 /// infinity) with the index of the first value that breaks it; it never sorts.
 template <class S>
-concept SingularValues = requires(const S& s) {
+concept SingularValueList = requires(const S& s) {
   { std::data(s) } -> std::convertible_to<const void*>;
   { std::size(s) } -> std::convertible_to<std::size_t>;
 }
@@ -30,7 +30,7 @@ concept SingularValues = requires(const S& s) {
 
 namespace detail {
 
-template <SingularValues S>
+template <SingularValueList S>
 auto sigma_span(const S& s) {
   using T = std::remove_cvref_t<decltype(*std::data(s))>;
   return std::span<const T>(std::data(s), std::size(s));
@@ -102,16 +102,16 @@ Index count_above(std::span<const T> s, double tolerance) {
 
 }  // namespace detail
 
-/// The largest singular value, σ₁ = ‖W‖₂; 0 for none. **Throws** see SingularValues. **Cost** O(n).
-template <SingularValues S>
+/// The largest singular value, σ₁ = ‖W‖₂; 0 for none. **Throws** see SingularValueList. **Cost** O(n).
+template <SingularValueList S>
 double spectral_norm(const S& sigma) {
   const auto s = detail::sigma_span(sigma);
   detail::check_sigma("spectral_norm", s);
   return s.empty() ? 0 : double(s[0]);
 }
 
-/// ‖W‖_F = √Σσ². **Throws** see SingularValues. **Cost** O(n). **Numerics** sums in double relative to σ₁.
-template <SingularValues S>
+/// ‖W‖_F = √Σσ². **Throws** see SingularValueList. **Cost** O(n). **Numerics** sums in double relative to σ₁.
+template <SingularValueList S>
 double frobenius_norm(const S& sigma) {
   const auto s = detail::sigma_span(sigma);
   detail::check_sigma("frobenius_norm", s);
@@ -119,8 +119,8 @@ double frobenius_norm(const S& sigma) {
   return sums.top * std::sqrt(sums.two);
 }
 
-/// ‖W‖_* = Σσ. **Throws** see SingularValues. **Cost** O(n).
-template <SingularValues S>
+/// ‖W‖_* = Σσ. **Throws** see SingularValueList. **Cost** O(n).
+template <SingularValueList S>
 double nuclear_norm(const S& sigma) {
   const auto s = detail::sigma_span(sigma);
   detail::check_sigma("nuclear_norm", s);
@@ -130,12 +130,12 @@ double nuclear_norm(const S& sigma) {
 
 /// How many directions hold a share τ of the energy: r_τ = min k with Σ_{i≤k} σ_i² ≥ τ·Σσ²; 0 for a zero matrix.
 ///
-/// **Scale** free. **Throws** see SingularValues; ArgumentError unless 0 < τ ≤ 1. **Cost** O(n).
+/// **Scale** free. **Throws** see SingularValueList; ArgumentError unless 0 < τ ≤ 1. **Cost** O(n).
 /// **Numerics** double sums of (σ/σ₁)²; a tie at τ that is exact in the reals may fall either way within n·2⁻⁵³ of it,
 /// but for a flat spectrum the sums are whole numbers and the tie is exact. For how far the result can move when the
 /// singular values carry an error, see spectrum_bounds.
 /// **Source** the measure of Biderman et al., "LoRA Learns Less and Forgets Less", arXiv 2405.09673, §6 (τ = 0.9).
-template <SingularValues S>
+template <SingularValueList S>
 Index energy_rank(const S& sigma, double tau = 0.9) {
   const auto s = detail::sigma_span(sigma);
   detail::check_share("energy_rank", tau);
@@ -146,27 +146,27 @@ Index energy_rank(const S& sigma, double tau = 0.9) {
 /// The exponential of the entropy of the singular values: exp(−Σ p·ln p), p = σ/Σσ; between 1 and n, 0 for a zero
 /// matrix.
 ///
-/// **Scale** free. **Throws** see SingularValues. **Cost** O(n) logarithms.
+/// **Scale** free. **Throws** see SingularValueList. **Cost** O(n) logarithms.
 /// **Source** Roy & Vetterli, "The effective rank", EUSIPCO 2007, definition 1.
-template <SingularValues S>
+template <SingularValueList S>
 double effective_rank(const S& sigma) {
   const auto s = detail::sigma_span(sigma);
   detail::check_sigma("effective_rank", s);
   return detail::effective_rank(s, detail::power_sums(s));
 }
 
-/// ‖W‖_F² / σ₁²; between 1 and n, 0 for a zero matrix. **Scale** free. **Throws** see SingularValues. **Cost** O(n).
+/// ‖W‖_F² / σ₁²; between 1 and n, 0 for a zero matrix. **Scale** free. **Throws** see SingularValueList. **Cost** O(n).
 /// **Source** Rudelson & Vershynin, "Sampling from large matrices", J. ACM 54 (2007), where it is the numerical rank.
-template <SingularValues S>
+template <SingularValueList S>
 double stable_rank(const S& sigma) {
   const auto s = detail::sigma_span(sigma);
   detail::check_sigma("stable_rank", s);
   return detail::power_sums(s).two;
 }
 
-/// (Σλ)² / Σλ², λ = σ²; between 1 and n, 0 for a zero matrix. **Scale** free. **Throws** see SingularValues. **Cost**
-/// O(n).
-template <SingularValues S>
+/// (Σλ)² / Σλ², λ = σ²; between 1 and n, 0 for a zero matrix. **Scale** free. **Throws** see SingularValueList.
+/// **Cost** O(n).
+template <SingularValueList S>
 double participation_ratio(const S& sigma) {
   const auto s = detail::sigma_span(sigma);
   detail::check_sigma("participation_ratio", s);
@@ -178,10 +178,10 @@ double participation_ratio(const S& sigma) {
 ///
 /// **Scale** `eps` is the relative precision the matrix was *computed or stored* in; the default is float's, because a
 /// weight that passed through float has noise at that level whatever the singular values are held in.
-/// **Throws** see SingularValues; ArgumentError on a negative eps; ShapeError when there are more values than min(m,
+/// **Throws** see SingularValueList; ArgumentError on a negative eps; ShapeError when there are more values than min(m,
 /// n).
 /// **Cost** O(n).
-template <SingularValues S>
+template <SingularValueList S>
 Index numerical_rank(const S& sigma, Index rows, Index cols, double eps = std::numeric_limits<float>::epsilon()) {
   const auto s = detail::sigma_span(sigma);
   detail::check_sigma("numerical_rank", s);
@@ -193,9 +193,9 @@ Index numerical_rank(const S& sigma, Index rows, Index cols, double eps = std::n
 }
 
 /// σ₁ / σ_last of the values given; infinity when the last is 0, 0 for none. **Scale** free.
-/// **Throws** see SingularValues. **Cost** O(n). For the r values of a product B·A this is the condition number on its
-/// range, not that of the m×n matrix.
-template <SingularValues S>
+/// **Throws** see SingularValueList. **Cost** O(n). For the r values of a product B·A this is the condition number on
+/// its range, not that of the m×n matrix.
+template <SingularValueList S>
 double condition_number(const S& sigma) {
   const auto s = detail::sigma_span(sigma);
   detail::check_sigma("condition_number", s);
@@ -232,7 +232,7 @@ void for_each_metric(M& m, F&& f) {
 
 /// All metrics of an m×n matrix from its singular values, in one call. **Throws** as numerical_rank.
 /// **Cost** O(n), three passes. `eps`: see numerical_rank.
-template <SingularValues S>
+template <SingularValueList S>
 SpectrumMetrics spectrum_metrics(const S& sigma, Index rows, Index cols,
                                  double eps = std::numeric_limits<float>::epsilon()) {
   const auto s = detail::sigma_span(sigma);

@@ -119,10 +119,10 @@ struct NoiseEstimate {
 
 /// Estimates the noise level from the median singular value, s = median(σ)/√(M·μ_β), and counts what rises above it.
 ///
-/// **Shapes** sigma holds all min(m, n) singular values. **Throws** see SingularValues; ShapeError on another count.
+/// **Shapes** sigma holds all min(m, n) singular values. **Throws** see SingularValueList; ShapeError on another count.
 /// **Numerics** a median over half the spectrum survives a signal of rank up to some N/10.
 /// **Source** arXiv 1305.5870, §III-E.
-template <SingularValues S>
+template <SingularValueList S>
 NoiseEstimate estimate_noise(const S& sigma, Index rows, Index cols) {
   const auto s = detail::sigma_span(sigma);
   detail::check_noise("estimate_noise", rows, cols, 1);

@@ -45,12 +45,12 @@ std::vector<double> log_eigenvalues(std::span<const T> s) {
 /// x_min that makes the Kolmogorov–Smirnov distance smallest.
 ///
 /// **Scale** λ = σ², unnormalised, as WeightWatcher has it; α is free of scale, weighted_alpha is not.
-/// **Throws** see SingularValues; ArgumentError when min_tail < 2. **Cost** O(candidates·n) exponentials.
+/// **Throws** see SingularValueList; ArgumentError when min_tail < 2. **Cost** O(candidates·n) exponentials.
 /// **Numerics** zeros are left out; fewer than min_tail positive values, or all equal ones, give alpha = 0 and
 /// distance 1.
 /// **Source** Clauset, Shalizi & Newman, "Power-law distributions in empirical data", SIAM Review 51 (2009), §3;
 /// Martin & Mahoney, arXiv 1901.08278, for its use on weights.
-template <SingularValues S>
+template <SingularValueList S>
 PowerLawFit fit_power_law(const S& sigma, const PowerLawOptions& options = {}) {
   const auto s = detail::sigma_span(sigma);
   detail::check_sigma("fit_power_law", s);
@@ -92,10 +92,11 @@ PowerLawFit fit_power_law(const S& sigma, const PowerLawOptions& options = {}) {
 
 /// The Hill estimate of the density exponent from the k largest eigenvalues: α = 1 + k/Σ_{i≤k} ln(λ_i/λ_{k+1}).
 ///
-/// **Scale** free; the same α as fit_power_law's. **Throws** see SingularValues; ArgumentError unless 1 ≤ k and λ_{k+1}
-/// > 0 exists. **Cost** O(k). **Numerics** infinity when the k + 1 largest are all equal; standard error (α − 1)/√k.
+/// **Scale** free; the same α as fit_power_law's. **Throws** see SingularValueList; ArgumentError unless 1 ≤ k and
+/// λ_{k+1} > 0 exists. **Cost** O(k). **Numerics** infinity when the k + 1 largest are all equal; standard error (α −
+/// 1)/√k.
 /// **Source** Hill, Ann. Statist. 3 (1975).
-template <SingularValues S>
+template <SingularValueList S>
 double hill_estimator(const S& sigma, Index k) {
   const auto s = detail::sigma_span(sigma);
   detail::check_sigma("hill_estimator", s);

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// How much of a vector can lie on one eigenvector of C, proven from a few Lanczos steps instead of an
+// eigendecomposition.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "lowrank/core/errors.hpp"
+#include "lowrank/core/matrix_view.hpp"
+#include "lowrank/linalg/tridiagonal_ql.hpp"
+
+namespace lowrank {
+
+/// What n Lanczos steps from a unit vector u on a symmetric C know of the measure μ(x) = Σ (uᵀv)² over C's eigenpairs
+/// (x, v): its Gauss quadrature.
+///
+/// Nodes are the Ritz values, descending; weight j is the energy u has on Ritz vector j, and residual j is ‖C·y_j −
+/// θ_j·y_j‖.
+struct LanczosMeasure {
+  std::vector<double> nodes, weights, residuals;
+};
+
+namespace detail {
+
+/// Follows the first and last component of every eigenvector through the QL sweeps.
+struct EndComponents {
+  std::vector<double> first, last;
+  Index at = 0, step = 0;
+
+  explicit EndComponents(Index n) : first(std::size_t(n), 0.0), last(std::size_t(n), 0.0) {
+    first.front() = last.back() = 1;
+  }
+  void begin_sweep(Index start, Index direction) {
+    at = start;
+    step = direction;
+  }
+  void push(double c, double s) {
+    for (auto* x : {first.data() + at, last.data() + at}) {
+      const double a = x[0], b = x[1];
+      x[0] = c * a + s * b;
+      x[1] = c * b - s * a;
+    }
+    at += step;
+  }
+};
+
+}  // namespace detail
+
+/// The quadrature of a Jacobi matrix: diagonal α_0…α_{n−1}, off-diagonal β_1…β_{n−1}, and β_n, the norm left after the
+/// last step.
+///
+/// **Shapes** alpha n, beta n: beta[k] couples step k to k + 1. **Throws** ShapeError on other sizes.
+/// **Cost** O(n²). **Numerics** nodes to eps·‖C‖, weights to about eps absolutely.
+/// **Source** Golub & Welsch, Math. Comp. 23 (1969).
+inline LanczosMeasure lanczos_measure(const std::vector<double>& alpha, const std::vector<double>& beta) {
+  const Index n = Index(alpha.size());
+  if (n == 0 || beta.size() != alpha.size())
+    throw ShapeError(detail::text("lanczos_measure: alpha and beta must have equal sizes of at least 1, got ",
+                                  alpha.size(), " and ", beta.size()));
+  auto d = alpha;
+  auto e = beta;
+  detail::EndComponents ends(n);
+  if (!detail::tridiagonal_ql(n, d.data(), e.data(), ends, [] {}))
+    throw Error("lanczos_measure: the QL iteration did not converge");
+  std::vector<std::size_t> order(d.size());
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
+  std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return d[a] > d[b]; });
+  LanczosMeasure m;
+  for (const std::size_t i : order) {
+    m.nodes.push_back(d[i]);
+    m.weights.push_back(ends.first[i] * ends.first[i]);
+    m.residuals.push_back(std::abs(beta.back() * ends.last[i]));
+  }
+  return m;
+}
+
+namespace detail {
+
+/// A lower bound of 1/λ_n over an interval between two neighbouring nodes. With ℓ_i the Lagrange polynomials of the
+/// nodes, 1/λ_n(x) = Σ ℓ_i(x)²/w_i, and between neighbouring nodes every factor |x − θ_m| of ℓ_i is monotone, so its
+/// minimum over the interval stands at an end: no grid, no derivative, and the bound tightens as the interval shrinks.
+class ChristoffelBound {
+ public:
+  explicit ChristoffelBound(const LanczosMeasure& m) : x_(m.nodes), log_scale_(m.nodes.size()) {
+    // Weights carry an absolute error of some eps; a larger weight only weakens the bound.
+    for (std::size_t i = 0; i < x_.size(); ++i) {
+      double log_product = 0;
+      for (std::size_t j = 0; j < x_.size(); ++j)
+        if (j != i) log_product += std::log(std::abs(x_[i] - x_[j]));
+      log_scale_[i] = -2 * log_product - std::log(std::max(m.weights[i], 1e-14) * (1 + 1e-10));
+    }
+    logs_.resize(x_.size());
+  }
+  /// At least this is Σ ℓ_i²/w_i everywhere on [a, b], which lies between neighbouring nodes.
+  double inverse_lower(double a, double b) {
+    double sum = 0, bound = 0;
+    int zeros = 0;
+    std::size_t zero = 0;
+    for (std::size_t m = 0; m < x_.size(); ++m) {
+      const double f = std::min(std::abs(a - x_[m]), std::abs(b - x_[m]));
+      if (f > 0) {
+        sum += logs_[m] = std::log(f);
+      } else {
+        ++zeros;
+        zero = m;
+      }
+    }
+    if (zeros > 1) return 0;  // the whole interval between two nodes: the caller splits it
+    if (zeros == 1) return std::exp(2 * sum + log_scale_[zero]);
+    for (std::size_t i = 0; i < x_.size(); ++i) bound += std::exp(2 * (sum - logs_[i]) + log_scale_[i]);
+    return bound;
+  }
+  /// Whether λ_n < level is proven on [a, b]; gives up at once where λ_n itself is not below the level.
+  bool below(double a, double b, double level, int depth) {
+    if (inverse_lower(a, b) * level > 1) return true;
+    const double middle = a + (b - a) / 2;
+    if (depth == 0 || !(middle > a && middle < b) || !(inverse_lower(middle, middle) * level > 1)) return false;
+    return below(a, middle, level, depth - 1) && below(middle, b, level, depth - 1);
+  }
+
+ private:
+  std::vector<double> x_, log_scale_, logs_;
+};
+
+}  // namespace detail
+
+/// Whether no single eigenvector of C holds a share `level` of u, proven: sup_x λ_n(x) < level, where λ_n is the
+/// Christoffel function of the measure, λ_n(x) = min {∫q² dμ : deg q < n, q(x) = 1} ≥ μ({x}).
+///
+/// **Shapes** any measure from lanczos_measure. **Cost** O(n) when the coarse bound decides, else O(n²) a subinterval.
+/// **Numerics** "true" is a proof up to rounding; "false" means only that n steps do not show it. Coarse: an atom
+/// between neighbouring nodes weighs at most the sum of their weights. Fine: the exact supremum, peaks at the nodes
+/// included, by bisection with monotone bounds.
+/// **Source** Chebyshev–Markov–Stieltjes inequalities and the extremal property: Szegő, Orthogonal Polynomials, §3.41;
+/// Nevai, J. Approx. Theory 48 (1986).
+inline bool no_atom_above(const LanczosMeasure& m, double level) {
+  const auto& w = m.weights;
+  for (const double x : w)
+    if (!(x < level)) return false;  // λ_n at the node is the weight
+  bool all = true;
+  for (std::size_t j = 0; j + 1 < w.size(); ++j) all = all && w[j] + w[j + 1] < level;
+  if (all) return true;
+  detail::ChristoffelBound bound(m);
+  for (std::size_t j = 0; j + 1 < w.size(); ++j)
+    if (!(w[j] + w[j + 1] < level) && !bound.below(m.nodes[j + 1], m.nodes[j], level, 12)) return false;
+  return true;
+}
+
+}  // namespace lowrank

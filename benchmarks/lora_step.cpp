@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a LoRA step costs over the frozen layer's: forward + backward to X, A and B against forward + dX.
 //
-// Google Benchmark program; arguments of each case are tokens / width / rank, W is width×width, float. `error` is the largest
-// deviation of sampled outputs from a double-precision sum, relative to the largest output. benchmarks/lora_step.py runs it
-// with repetitions in random order beside PyTorch and prints the ratios.
+// Google Benchmark program; arguments of each case are tokens / width / rank, W is width×width, float. `error` is the
+// largest deviation of sampled outputs from a double-precision sum, relative to the largest output.
+// benchmarks/lora_step.py runs it with repetitions in random order beside PyTorch and prints the ratios.
 #include <benchmark/benchmark.h>
 
 #include <cmath>
@@ -20,8 +20,13 @@ struct Problem {
   LoraFactors<float> factors;
 
   Problem(Index tokens, Index width, Index rank)
-      : W(width, width), X(tokens, width), Y(tokens, width), G(tokens, width), dX(tokens, width),
-        factors{Matrix<float>(rank, width), Matrix<float>(width, rank), float(lora_scale(2.0 * double(rank) + 1, rank))} {
+      : W(width, width),
+        X(tokens, width),
+        Y(tokens, width),
+        G(tokens, width),
+        dX(tokens, width),
+        factors{Matrix<float>(rank, width), Matrix<float>(width, rank),
+                float(lora_scale(2.0 * double(rank) + 1, rank))} {
     CounterRng(1).fill_normal(W.view(), 0, 1 / std::sqrt(double(width)));
     CounterRng(2).fill_normal(X.view());
     CounterRng(3).fill_normal(G.view());

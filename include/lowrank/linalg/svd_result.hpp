@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Svd: what every singular value decomposition of the library returns.
+// Svd and SingularValues: what the singular value decompositions of the library return.
 #pragma once
 
 #include <vector>
@@ -18,6 +18,21 @@ struct Svd {
   Matrix<T> U;
   std::vector<T> S;
   Matrix<T> V;
+};
+
+/// How singular values were found.
+enum class SpectrumMethod {
+  gram,        ///< eigenvalues of the Gram matrix of the short side, in double
+  bidiagonal,  ///< bidiagonalisation in double and implicit QR with Demmel & Kahan's criteria
+  lapack,      ///< LAPACK's dgesdd or sgesdd
+  factors,     ///< QR of the two factors of a product
+};
+
+/// All singular values of a matrix, with what they are worth.
+struct SingularValues {
+  std::vector<double> values;  ///< min(m, n) of them, descending
+  double absolute_error = 0;   ///< every value is within this of the singular value it stands for
+  SpectrumMethod method = SpectrumMethod::gram;
 };
 
 }  // namespace lowrank

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// The dense SVD other algorithms call on their small matrices: bidiagonalisation and implicit QR, in double throughout.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "lowrank/linalg/bidiagonal.hpp"
+#include "lowrank/linalg/bidiagonal_qr.hpp"
+#include "lowrank/linalg/qr.hpp"
+#include "lowrank/linalg/svd_result.hpp"
+#include "lowrank/linalg/symmetric_eigen.hpp"
+
+namespace lowrank {
+namespace detail {
+
+/// The largest |element|; **throws** NonFiniteError naming the first element that is NaN or infinite.
+template <class S>
+double checked_max_abs(const char* where, const MatrixView<const S>& A) {
+  double largest = 0;
+  bool finite = true;
+  for_each_run(A, [&](const S* x, Index n) {
+    using F = std::conditional_t<std::same_as<S, double>, double, float>;
+    F high = 0, poison = 0;
+    for (Index i = 0; i < n; ++i) {
+      const F a = std::abs(F(x[i]));
+      high = std::max(high, a);
+      poison += F(x[i]) * F(0);
+    }
+    largest = std::max(largest, double(high));
+    finite = finite && poison == 0;
+  });
+  if (finite) return largest;
+  for (Index i = 0; i < A.rows(); ++i)
+    for (Index j = 0; j < A.cols(); ++j) {
+      const double x = double(A(i, j));
+      if (!std::isfinite(x)) throw NonFiniteError(text(where, ": element (", i, ", ", j, ") is ", x));
+    }
+  return largest;
+}
+
+/// The power of two that brings `largest` to [1, 2); 1 for zero. Scaling by it costs no bits.
+inline double unit_scale(double largest) {
+  return largest > 0 ? std::ldexp(1.0, std::clamp(-std::ilogb(largest), -1020, 1020)) : 1;
+}
+
+/// Rows of Z in the given order become the columns of a new matrix, `flip` negated.
+template <class T, class U>
+Matrix<T> columns_from_rows(const Matrix<U>& Z, const std::vector<Index>& order, const std::vector<double>* signs) {
+  const Index k = Index(order.size()), n = Z.cols();
+  Matrix<T> out;
+  out.resize(n, k);
+  constexpr Index band = 32;
+  for (Index i0 = 0; i0 < n; i0 += band)
+    for (Index j = 0; j < k; ++j) {
+      const Index from = order[std::size_t(j)];
+      const U sign = signs != nullptr && (*signs)[std::size_t(from)] < 0 ? U(-1) : U(1);
+      for (Index i = i0; i < std::min(n, i0 + band); ++i) out(i, j) = T(sign * Z(from, i));
+    }
+  return out;
+}
+
+/// SVD of A (m×n, m ≥ n, row-major, entries around 1, destroyed) by bidiagonalisation in U.
+template <class T, class U>
+Svd<T> bidiagonal_svd(MatrixView<U> A, const char* where) {
+  const Index m = A.rows(), n = A.cols();
+  std::vector<double> d(std::size_t(n), 0.0), e(std::size_t(n), 0.0);
+  Matrix<U> Ut(n, m), Vt(n, n);
+  {
+    BidiagonalReflectors<U> reflectors;
+    bidiagonalize(A, d.data(), e.data(), &reflectors);
+    form_orthogonal<U>(reflectors.left.view(), reflectors.left_tau.data(), 0, Ut.view());
+    form_orthogonal<U>(reflectors.right.view().middle_rows(0, n - 1), reflectors.right_tau.data(), 1, Vt.view());
+  }
+  RotationQueue<U> left, right;
+  const auto apply = [&] {
+    left.apply(Ut.data(), m, m);
+    right.apply(Vt.data(), n, n);
+  };
+  const bool converged = bidiagonal_qr(n, d.data(), e.data(), false, left, right, [&] {
+    if (left.size() >= rotation_batch) apply();
+  });
+  if (!converged) throw Error(text(where, ": the QR iteration did not converge"));
+  apply();
+  std::vector<double> size(d);
+  for (double& x : size) x = std::abs(x);
+  const auto order = descending_order(size);
+  Svd<T> out{columns_from_rows<T>(Ut, order, nullptr), std::vector<T>(std::size_t(n)),
+             columns_from_rows<T>(Vt, order, &d)};
+  for (std::size_t j = 0; j < out.S.size(); ++j) out.S[j] = T(size[std::size_t(order[j])]);
+  return out;
+}
+
+}  // namespace detail
+
+/// Thin SVD of a small dense matrix (up to a few hundred columns), computed in double whatever T is.
+///
+/// **Shapes** A m×n in any order; U m×k, S k, V n×k, k = min(m, n). **Throws** NonFiniteError naming the first bad
+/// element.
+/// **Cost** QR of the longer side, then about 10·k³ flops of reduction in L2 and 6·k³ of rotations for each side.
+/// **Numerics** backward error and loss of orthogonality of order eps of T (double: c·n·eps); scaled, so any finite
+/// entries do. Small singular values are accurate to eps·σ₁, not relative to themselves.
+/// **Source** Golub & Kahan (1965) as stabilised by Demmel & Kahan (1990); Chan, ACM TOMS 8 (1982), for the QR in
+/// front.
+template <Real T>
+Svd<T> small_svd(MatrixView<const T> A) {
+  if (A.rows() < A.cols()) {
+    Svd<T> swapped = small_svd<T>(A.transposed());
+    return {std::move(swapped.V), std::move(swapped.S), std::move(swapped.U)};
+  }
+  const Index m = A.rows(), n = A.cols();
+  const double largest = detail::checked_max_abs("small_svd", A), scale = detail::unit_scale(largest);
+  if (n == 0) return {Matrix<T>(m, 0), {}, Matrix<T>(0, 0)};
+  Matrix<double> W;
+  W.resize(m, n);
+  for (Index i = 0; i < m; ++i)
+    for (Index j = 0; j < n; ++j) W(i, j) = double(A(i, j)) * scale;
+  Svd<T> out;
+  if (m > n + n / 2) {
+    Matrix<double> R(n, n);
+    thin_qr_in_place(W.view(), R.view());
+    Svd<double> inner = detail::bidiagonal_svd<double, double>(R.view(), "small_svd");
+    Matrix<double> U;
+    U.resize(m, n);
+    gemm(1.0, W.view(), inner.U.view(), U.view());
+    if constexpr (std::same_as<T, double>)
+      out = {std::move(U), std::move(inner.S), std::move(inner.V)};
+    else
+      out = {Matrix<T>(U), std::vector<T>(inner.S.begin(), inner.S.end()), Matrix<T>(inner.V)};
+  } else {
+    out = detail::bidiagonal_svd<T, double>(W.view(), "small_svd");
+  }
+  for (T& s : out.S) s = T(double(s) / scale);
+  return out;
+}
+
+}  // namespace lowrank

@@ -12,6 +12,9 @@
 
 namespace lowrank::detail {
 
+/// Bytes of the vectors blocks are transposed in: wider than what the build targets would change the ABI.
+inline constexpr int transpose_bytes = std::min(32, vector_bytes);
+
 /// An operand of C(i, j) = Σ_k P(i, k)·Q(j, k), seen as `rows` vectors of length `depth`. It can write itself into a
 /// panel of W rows, k by k: out[k·W + i] = P(i0 + i, k0 + k) for i < count, and zeros for count ≤ i < W.
 template <class S, class T>
@@ -52,16 +55,17 @@ struct DenseSource {
       }
     }
   }
-  /// P(i, ·) is contiguous: transpose blocks of 8 rows (4 doubles) in registers, odd ends one by one.
+  /// P(i, ·) is contiguous: transpose blocks of 8 floats or 4 doubles a side in registers (half that without AVX), odd
+  /// ends one by one.
   template <int W>
   static void pack_depth_contiguous(const S* src, Index ld, Index count, Index kc, T* out) {
-    constexpr int B = int(32 / sizeof(T));
+    constexpr int B = int(transpose_bytes / sizeof(T));
     const int whole = int(count) / B * B;
     for (int i = 0; i < whole; i += B) {
       const S* p = src + i * ld;
       Index k = 0;
       for (; k + B <= kc; k += B) {
-        typename VecOf<T, 32>::type r[B];
+        typename VecOf<T, transpose_bytes>::type r[B];
         for (int b = 0; b < B; ++b) r[b] = load_as<T, B>(p + b * ld + k);
         transpose_square<B>(r);
         for (int b = 0; b < B; ++b) store(out + (k + b) * W + i, r[b]);

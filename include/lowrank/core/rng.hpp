@@ -66,6 +66,22 @@ inline double normal_quantile(double p) {
   return q < 0 ? -x : x;
 }
 
+namespace detail {
+
+/// One block of Philox4x32-10: four counter words, two key words, four random words.
+constexpr std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> x, std::array<std::uint32_t, 2> key) {
+  for (int round = 0; round < 10; ++round) {
+    const std::uint64_t p0 = std::uint64_t(0xD2511F53U) * x[0], p1 = std::uint64_t(0xCD9E8D57U) * x[2];
+    x = {std::uint32_t(p1 >> 32) ^ x[1] ^ key[0], std::uint32_t(p1), std::uint32_t(p0 >> 32) ^ x[3] ^ key[1],
+         std::uint32_t(p0)};
+    key[0] += 0x9E3779B9U;
+    key[1] += 0xBB67AE85U;
+  }
+  return x;
+}
+
+}  // namespace detail
+
 /// A stream of random numbers addressed by index: Philox4x32-10 keyed by the seed, counting (stream, index).
 ///
 /// The same (seed, stream, index) gives the same bits on every machine and from every thread; normals come from our own
@@ -79,17 +95,23 @@ class CounterRng {
 
   /// 64 uniform bits, number `index` of the stream.
   [[nodiscard]] constexpr std::uint64_t bits(std::uint64_t index) const {
-    const auto block = philox(index / 2);
+    const std::uint64_t counter = index / 2;
+    const auto block = detail::philox4x32(
+        {std::uint32_t(counter), std::uint32_t(counter >> 32), std::uint32_t(stream_), std::uint32_t(stream_ >> 32)},
+        {std::uint32_t(seed_), std::uint32_t(seed_ >> 32)});
     const std::size_t half = 2 * (index % 2);
     return std::uint64_t(block[half]) << 32 | block[half + 1];
   }
-  /// Uniform in the open interval (0, 1): a multiple of 2^-53 plus 2^-54.
+  /// Uniform in the open interval (0, 1): (k + 1/2)·2^-52, exactly.
   [[nodiscard]] constexpr double uniform(std::uint64_t index) const { return to_unit(bits(index)); }
   /// Standard normal.
   [[nodiscard]] double normal(std::uint64_t index) const { return normal_quantile(uniform(index)); }
-  /// Uniform in {0, …, n-1}; the bias of at most n / 2^64 is of no consequence here.
+  /// Uniform in {0, …, n-1} (0 for n = 0); the bias of at most n / 2^64 is of no consequence here.
   [[nodiscard]] constexpr std::uint64_t below(std::uint64_t index, std::uint64_t n) const {
-    return std::uint64_t(uniform(index) * double(n)) % n;
+    // The upper 64 bits of the product bits·n, from 32-bit halves.
+    const std::uint64_t b = bits(index), b1 = b >> 32, b0 = b & 0xffffffffU, n1 = n >> 32, n0 = n & 0xffffffffU;
+    const std::uint64_t middle = b1 * n0 + ((b0 * n0) >> 32), carry = (middle & 0xffffffffU) + b0 * n1;
+    return b1 * n1 + (middle >> 32) + (carry >> 32);
   }
 
   /// Fills a view with mean + std · N(0, 1), element (i, j) from index `first + i·cols + j` whatever the order.
@@ -107,21 +129,7 @@ class CounterRng {
   }
 
  private:
-  static constexpr double to_unit(std::uint64_t b) { return (double(b >> 11) + 0.5) * 0x1p-53; }
-
-  [[nodiscard]] constexpr std::array<std::uint32_t, 4> philox(std::uint64_t counter) const {
-    std::array<std::uint32_t, 4> x{std::uint32_t(counter), std::uint32_t(counter >> 32), std::uint32_t(stream_),
-                                   std::uint32_t(stream_ >> 32)};
-    std::uint32_t k0 = std::uint32_t(seed_), k1 = std::uint32_t(seed_ >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const std::uint64_t p0 = std::uint64_t(0xD2511F53U) * x[0], p1 = std::uint64_t(0xCD9E8D57U) * x[2];
-      x = {std::uint32_t(p1 >> 32) ^ x[1] ^ k0, std::uint32_t(p1), std::uint32_t(p0 >> 32) ^ x[3] ^ k1,
-           std::uint32_t(p0)};
-      k0 += 0x9E3779B9U;
-      k1 += 0xBB67AE85U;
-    }
-    return x;
-  }
+  static constexpr double to_unit(std::uint64_t b) { return (double(b >> 12) + 0.5) * 0x1p-52; }
 
   std::uint64_t seed_, stream_;
 };

@@ -128,7 +128,8 @@ using ConstMatrixView = MatrixView<const T>;
 
 namespace detail {
 
-/// Whether two views touch a common byte range (conservative: compares the spans from first to last element).
+/// Whether two views share an element. Exact for views with equal strides, so that disjoint column blocks of one buffer
+/// (q, k and v side by side) pass; otherwise conservative: whether the byte ranges from first to last element meet.
 template <class T, class U>
 bool overlap(const MatrixView<T>& a, const MatrixView<U>& b) {
   if (a.empty() || b.empty()) return false;
@@ -136,7 +137,21 @@ bool overlap(const MatrixView<T>& a, const MatrixView<U>& b) {
   const auto last = [](const auto& v) {
     return reinterpret_cast<std::uintptr_t>(&v(v.rows() - 1, v.cols() - 1)) + sizeof(*v.data());
   };
-  return first(a) < last(b) && first(b) < last(a);
+  if (first(a) >= last(b) || first(b) >= last(a)) return false;
+  const auto bytes = static_cast<Index>(first(b) - first(a));
+  constexpr Index size = sizeof(T);
+  if (sizeof(T) != sizeof(U) || a.row_stride() != b.row_stride() || a.col_stride() != b.col_stride() ||
+      bytes % size != 0)
+    return true;
+  // b starts `outer` lines and `inner` elements after a; lines that wrap past a's leading dimension start one line later.
+  const Index ld = a.leading_dimension(), distance = bytes / size;
+  const Index outer = distance >= 0 ? distance / ld : -((ld - 1 - distance) / ld), inner = distance - outer * ld;
+  const bool rows = a.is_row_major();
+  const Index a_outer = rows ? a.rows() : a.cols(), a_inner = rows ? a.cols() : a.rows();
+  const Index b_outer = rows ? b.rows() : b.cols(), b_inner = rows ? b.cols() : b.rows();
+  const auto meet = [](Index at, Index n, Index m) { return at < n && at + m > 0; };
+  return (meet(outer, a_outer, b_outer) && meet(inner, a_inner, b_inner)) ||
+         (meet(outer + 1, a_outer, b_outer) && meet(inner - ld, a_inner, b_inner));
 }
 
 /// Calls f(pointer, length) for every contiguous run of a view, in memory order: rows of a row-major view, columns of

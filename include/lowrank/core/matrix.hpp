@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <new>
 #include <type_traits>
@@ -84,10 +85,13 @@ class Matrix {
   template <MatrixLike X>
   requires(!std::is_same_v<std::remove_cvref_t<X>, Matrix>) explicit Matrix(X&& other) { assign(view_of(other)); }
 
-  /// New shape; contents are unspecified afterwards. Allocates only when it must grow.
+  /// New shape; contents are unspecified afterwards. Allocates only when it must grow. **Throws** ShapeError on a negative
+  /// size or one no memory holds.
   void resize(Index rows, Index cols) {
     if (rows < 0 || cols < 0)
       throw ShapeError(detail::text("Matrix: sizes must not be negative, got ", detail::shape_text(rows, cols)));
+    if (cols > 0 && rows > PTRDIFF_MAX / Index(sizeof(T)) / cols)
+      throw ShapeError(detail::text("Matrix: ", detail::shape_text(rows, cols), " elements do not fit in memory"));
     storage_.resize(rows * cols);
     rows_ = rows;
     cols_ = cols;

@@ -13,6 +13,23 @@
 
 namespace lowrank {
 
+namespace detail {
+
+/// x as a float whose last bit is 1 unless x is exactly representable. Rounding that once more, to fewer bits, gives what
+/// rounding x at once would have given; going through the nearest float would round ties twice.
+constexpr float float_rounded_to_odd(double x) {
+  const float nearest = static_cast<float>(x);
+  const double back = nearest;
+  const auto u = std::bit_cast<std::uint32_t>(nearest);
+  if (back == x || !(back == back) || (u & 1U) != 0) return nearest;
+  if ((u & 0x7fffffffU) == 0x7f800000U) return nearest;  // beyond every float, and beyond the narrow types too
+  // The neighbour on the other side of x has the odd last bit; the bits of a float count its magnitude.
+  const bool too_large = x < 0 ? back < x : back > x;
+  return std::bit_cast<float>(too_large ? u - 1 : u + 1);
+}
+
+}  // namespace detail
+
 /// bfloat16: the upper half of a float. Storage only; arithmetic happens in float.
 struct bf16 {
   std::uint16_t bits = 0;
@@ -24,7 +41,7 @@ struct bf16 {
     bits = (u & 0x7fffffffU) > 0x7f800000U ? std::uint16_t((u >> 16) | 0x40U)
                                            : std::uint16_t((u + 0x7fffU + ((u >> 16) & 1U)) >> 16);
   }
-  explicit constexpr bf16(double x) : bf16(static_cast<float>(x)) {}
+  explicit constexpr bf16(double x) : bf16(detail::float_rounded_to_odd(x)) {}
   constexpr operator float() const {  // NOLINT(google-explicit-constructor): widening is exact
     return std::bit_cast<float>(std::uint32_t(bits) << 16);
   }
@@ -42,7 +59,7 @@ struct f16 {
   f16() = default;
   /// Rounds to nearest, ties to even; above 65504 becomes infinity; a NaN stays a (quiet) NaN.
   explicit constexpr f16(float x) : bits(narrow(x)) {}
-  explicit constexpr f16(double x) : f16(static_cast<float>(x)) {}
+  explicit constexpr f16(double x) : f16(detail::float_rounded_to_odd(x)) {}
   constexpr operator float() const { return widen(bits); }  // NOLINT(google-explicit-constructor): widening is exact
   static constexpr f16 from_bits(std::uint16_t b) {
     f16 r;

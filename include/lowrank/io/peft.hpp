@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: Apache-2.0
+// A PEFT adapter directory, read into plain factors and written from them.
+#pragma once
+
+#include <filesystem>
+#include <map>
+#include <set>
+
+#include "lowrank/io/peft_config.hpp"
+#include "lowrank/io/safetensors.hpp"
+#include "lowrank/io/safetensors_writer.hpp"
+#include "lowrank/model/targets.hpp"
+
+namespace lowrank::io {
+
+/// One adapted module.
+///
+/// **Shapes** linear: A r×in, B out×r. Embedding: A r×vocab, B dim×r, ΔW = s·B·A is dim×vocab, the transpose of the
+/// stored table. Convolution: A r×(Cin·kh·kw), B Cout×(r/groups), with the files' four-dimensional shapes beside them.
+struct AdapterModule {
+  std::string name;  ///< "model.layers.0.self_attn.q_proj"
+  ModuleKind kind = ModuleKind::linear;
+  LoraFactors<float> factors;
+  Shape a_shape = {}, b_shape = {};   ///< as stored; filled in for conv, otherwise derived
+  std::vector<float> magnitude = {};  ///< DoRA: row norms, length out; empty without
+  std::vector<float> bias = {};       ///< of B, length out; empty without
+  Dtype dtype = Dtype::F32;           ///< what the factors are stored as
+
+  [[nodiscard]] Index parameters() const {
+    return factors.A.size() + factors.B.size() + Index(magnitude.size()) + Index(bias.size());
+  }
+};
+
+/// A tensor that travels with the adapter as it is: modules_to_save, trained biases.
+struct SavedTensor {
+  TensorSpec spec;  ///< its name without "base_model.model."
+  std::vector<std::byte> bytes;
+};
+
+/// What an adapter directory holds.
+struct PeftAdapter {
+  PeftConfig config;
+  std::vector<AdapterModule> modules;  ///< sorted by name
+  std::vector<SavedTensor> saved;
+  std::map<std::string, std::string> metadata;  ///< of adapter_model.safetensors
+
+  [[nodiscard]] Index parameters() const {
+    Index n = 0;
+    for (const AdapterModule& m : modules) n += m.parameters();
+    return n;
+  }
+  [[nodiscard]] const AdapterModule* find(std::string_view name) const {
+    for (const AdapterModule& m : modules)
+      if (m.name == name) return &m;
+    return nullptr;
+  }
+};
+
+/// The metadata key by which this library marks an adapter whose base weights were changed with it (PiSSA, LoftQ, …):
+/// "residual" or "quantized". Others ignore it.
+inline constexpr const char* base_metadata_key = "lowrank_base";
+
+namespace detail {
+
+inline constexpr std::string_view peft_prefix = "base_model.model.";
+
+/// The parts of a module, before they are put together.
+struct PeftParts {
+  std::optional<TensorView> a, b, magnitude, bias;
+  bool embedding = false;
+};
+
+inline Matrix<float> folded_matrix(const TensorView& t) {
+  Matrix<float> m;
+  const Shape& s = t.shape();
+  const Index rows = s.empty() ? 1 : Index(s[0]);
+  m.resize(rows, rows == 0 ? 0 : t.size() / rows);
+  t.copy_to(m.data());
+  return m;
+}
+
+inline AdapterModule assemble_module(const std::string& path, const std::string& name, const PeftParts& p,
+                                     PeftScaling& scaling, const PeftConfig& config) {
+  const auto fail = [&](const std::string& what) { throw IoError(path, name, what); };
+  if (!p.a || !p.b)
+    fail(p.a ? "has lora_A but no lora_B" : p.b ? "has lora_B but no lora_A" : "has neither lora_A nor lora_B");
+  AdapterModule m;
+  m.name = name;
+  const std::size_t dims = p.a->shape().size();
+  m.kind = p.embedding ? ModuleKind::embedding : dims == 4 ? ModuleKind::conv : ModuleKind::linear;
+  if (p.b->shape().size() != dims || (dims != 2 && (dims != 4 || p.embedding)))
+    fail(lowrank::detail::text("is of a kind that is not supported: lora_A ", io::shape_text(p.a->shape()), ", lora_B ",
+                               io::shape_text(p.b->shape()), "; linear, embedding and 2-d convolution are"));
+  for (const auto* t : {&*p.a, &*p.b})
+    for (const auto extent : t->shape())
+      if (extent == 0) fail("has an empty factor");
+  if (m.kind == ModuleKind::conv) {
+    m.a_shape = p.a->shape();
+    m.b_shape = p.b->shape();
+    if (m.b_shape[2] != 1 || m.b_shape[3] != 1)
+      fail("convolution's lora_B must be 1x1, got " + io::shape_text(m.b_shape));
+  }
+  m.factors.A = folded_matrix(*p.a);
+  m.factors.B = folded_matrix(*p.b);
+  m.dtype = p.a->dtype() == Dtype::BF16 || p.a->dtype() == Dtype::F16 ? p.a->dtype() : Dtype::F32;
+  if (p.b->dtype() != p.a->dtype()) m.dtype = Dtype::F32;
+  const Index r = m.factors.A.rows(), width = m.factors.B.cols();
+  const bool grouped = m.kind == ModuleKind::conv && width > 0 && r % width == 0;
+  if (width != r && !grouped) fail(lowrank::detail::text("lora_A has rank ", r, ", lora_B has rank ", width));
+  if (const Index want = scaling.rank(name); r != want)
+    fail(lowrank::detail::text("has rank ", r, ", the configuration says ", want));
+  m.factors.scale = float(scaling.scale(name));
+  if (p.magnitude) {
+    if (p.magnitude->size() != m.factors.B.rows())
+      fail(lowrank::detail::text("lora_magnitude_vector has ", p.magnitude->size(), " elements, expected ",
+                                 m.factors.B.rows()));
+    m.magnitude = p.magnitude->to_vector<float>();
+  }
+  if (config.use_dora != p.magnitude.has_value())
+    fail(config.use_dora ? "lacks lora_magnitude_vector, but use_dora is set"
+                         : "has lora_magnitude_vector, but use_dora is not set");
+  if (p.bias) {
+    if (p.bias->size() != m.factors.B.rows())
+      fail(lowrank::detail::text("lora_B.bias has ", p.bias->size(), " elements, expected ", m.factors.B.rows()));
+    m.bias = p.bias->to_vector<float>();
+  }
+  return m;
+}
+
+/// Whether a tensor that is no LoRA factor may accompany the adapter.
+inline bool may_be_saved(const std::string& name, const PeftConfig& c) {
+  const auto dot = name.rfind('.');
+  if (dot == std::string::npos) return false;
+  const std::string_view module = std::string_view(name).substr(0, dot), leaf = std::string_view(name).substr(dot + 1);
+  for (const std::string& saved : c.modules_to_save)
+    if (lowrank::detail::within(module, saved)) return true;
+  if (leaf == "bias" && c.bias != "none") return true;
+  const auto last = lowrank::detail::last_component(module);
+  // PEFT saves a resized embedding and head beside the adapter; base_layer is what it calls a wrapped weight.
+  return leaf == "weight" && (last == "embed_tokens" || last == "lm_head" || last == "base_layer");
+}
+}  // namespace detail
+
+/// Reads a PEFT adapter directory.
+///
+/// **Throws** IoError naming file and tensor: no adapter there (adapter_model.bin is a pickle and not read); a tensor
+/// whose name or layer kind is not known; a factor without its partner; ranks that differ between A, B and the
+/// configuration; use_dora without magnitudes and the reverse; integer factors.
+/// **Cost** one pass over the file. **Numerics** factors are widened to float exactly (F64 rounds).
+inline PeftAdapter read_peft(const std::string& directory) {
+  namespace fs = std::filesystem;
+  const auto in = [&](const char* name) { return (fs::path(directory) / name).string(); };
+  std::error_code ignored;
+  if (!fs::is_directory(directory, ignored)) throw IoError(directory, "is not an adapter directory");
+  const std::string config_path = in("adapter_config.json"), path = in("adapter_model.safetensors");
+  if (!fs::exists(path, ignored) && fs::exists(in("adapter_model.bin"), ignored))
+    throw IoError(directory, "holds adapter_model.bin, a pickle, which is not read; save the adapter as safetensors");
+  PeftAdapter adapter;
+  adapter.config = parse_peft_config(config_path, read_text(config_path));
+  const SafeTensors file(path);
+  adapter.metadata = file.metadata();
+  std::map<std::string, detail::PeftParts> parts;
+  std::vector<std::string> unknown;
+  for (const TensorInfo& t : file.tensors()) {
+    const TensorView view = file.view(t);
+    const std::string_view full = t.name;
+    const bool prefixed = full.starts_with(detail::peft_prefix);
+    const std::string name(prefixed ? full.substr(detail::peft_prefix.size()) : full);
+    const auto take = [&](std::string_view suffix, auto member, bool embedding = false) {
+      if (!prefixed || !name.ends_with(suffix) || name.size() == suffix.size()) return false;
+      auto& p = parts[name.substr(0, name.size() - suffix.size())];
+      if ((p.*member).has_value()) throw IoError(path, t.name, "names the same factor as another tensor");
+      (p.*member).emplace(view);
+      p.embedding = p.embedding || embedding;
+      return true;
+    };
+    using P = detail::PeftParts;
+    if (take(".lora_A.weight", &P::a) || take(".lora_B.weight", &P::b) || take(".lora_B.bias", &P::bias) ||
+        take(".lora_embedding_A", &P::a, true) || take(".lora_embedding_B", &P::b, true) ||
+        take(".lora_magnitude_vector", &P::magnitude) || take(".lora_magnitude_vector.weight", &P::magnitude))
+      continue;
+    if (prefixed && name.find("lora_") == std::string::npos && detail::may_be_saved(name, adapter.config)) {
+      const Bytes b = view.bytes();
+      adapter.saved.push_back({{name, t.dtype, t.shape}, {b.begin(), b.end()}});
+      continue;
+    }
+    unknown.push_back(t.name);
+  }
+  if (!unknown.empty()) {
+    std::string list;
+    for (std::size_t i = 0; i < std::min<std::size_t>(unknown.size(), 5); ++i) list += (i > 0 ? ", " : "") + unknown[i];
+    if (unknown.size() > 5) list += ", ...";
+    throw IoError(path, lowrank::detail::text(unknown.size(), " of ", file.tensors().size(),
+                                              " tensors are not known parts of a LoRA adapter: ", list));
+  }
+  if (parts.empty()) throw IoError(path, "holds no LoRA factors");
+  try {
+    PeftScaling scaling(adapter.config);
+    for (const auto& [name, p] : parts)
+      adapter.modules.push_back(detail::assemble_module(path, name, p, scaling, adapter.config));
+  } catch (const ArgumentError& e) {
+    throw IoError(config_path, e.what());
+  }
+  return adapter;
+}
+
+/// Sets r, lora_alpha and the two patterns of `adapter.config` so that they describe the modules' ranks and scales.
+///
+/// The most common rank and alpha become the defaults; other modules are listed by name. use_rslora is kept.
+/// **Numerics** alpha = s·r (or s·√r), snapped to an integer within 1e-6 so that a float scale gives back the alpha it
+/// came from.
+inline void describe_modules(PeftAdapter& adapter) {
+  std::map<Index, int> ranks;
+  std::map<double, int> alphas;
+  std::vector<double> alpha_of;
+  for (const AdapterModule& m : adapter.modules) {
+    const auto r = double(m.factors.rank());
+    double alpha = double(m.factors.scale) * (adapter.config.use_rslora ? std::sqrt(r) : r);
+    if (const double nearest = std::round(alpha); std::abs(alpha - nearest) <= 1e-6 * std::abs(alpha)) alpha = nearest;
+    alpha_of.push_back(alpha);
+    ++ranks[m.factors.rank()];
+    ++alphas[alpha];
+  }
+  if (alpha_of.empty()) return;
+  const auto most = [](const auto& counts) {
+    return std::max_element(counts.begin(), counts.end(),
+                            [](const auto& a, const auto& b) { return a.second < b.second; })
+        ->first;
+  };
+  const auto key = [](const std::string& name) {  // a pattern is an expression; dots may stay, they match themselves
+    std::string s;
+    for (const char ch : name) {
+      if (std::string_view("\\^$*+?()[]{}|").find(ch) != std::string_view::npos) s += '\\';
+      s += ch;
+    }
+    return s;
+  };
+  PeftConfig& c = adapter.config;
+  c.r = most(ranks);
+  c.lora_alpha = most(alphas);
+  c.rank_pattern.clear();
+  c.alpha_pattern.clear();
+  for (std::size_t i = 0; i < adapter.modules.size(); ++i) {
+    const AdapterModule& m = adapter.modules[i];
+    if (m.factors.rank() != c.r) c.rank_pattern.emplace_back(key(m.name), m.factors.rank());
+    if (alpha_of[i] != c.lora_alpha) c.alpha_pattern.emplace_back(key(m.name), alpha_of[i]);
+  }
+}
+
+/// The last components of the modules' names, sorted: what `target_modules` lists when nothing else was given.
+inline std::vector<std::string> module_suffixes(const PeftAdapter& adapter) {
+  std::set<std::string> s;
+  for (const AdapterModule& m : adapter.modules) s.emplace(lowrank::detail::last_component(m.name));
+  return {s.begin(), s.end()};
+}
+
+/// Writes an adapter directory that PEFT loads: adapter_model.safetensors, then adapter_config.json.
+///
+/// Each file appears whole or not at all. The configuration must describe the modules (describe_modules() makes it so).
+/// **Throws** IoError as OutputFile; ArgumentError when a module's rank or scale is not what the configuration says
+/// (the adapter would mean something else when read back), or a factor is not finite.
+/// **Numerics** factors are rounded to each module's dtype, to nearest even.
+inline void write_peft(const std::string& directory, const PeftAdapter& adapter) {
+  namespace fs = std::filesystem;
+  std::error_code failed;
+  fs::create_directories(directory, failed);
+  if (failed) throw IoError(directory, "cannot create the directory: " + failed.message());
+  PeftScaling scaling(adapter.config);
+  std::vector<TensorSpec> specs;
+  const auto full = [](const std::string& name, const char* suffix) {
+    return std::string(detail::peft_prefix) + name + suffix;
+  };
+  const auto suffixes = [](ModuleKind k) {
+    return k == ModuleKind::embedding ? std::pair(".lora_embedding_A", ".lora_embedding_B")
+                                      : std::pair(".lora_A.weight", ".lora_B.weight");
+  };
+  for (const AdapterModule& m : adapter.modules) {
+    const auto& f = m.factors;
+    const auto fail = [&](const std::string& what) {
+      throw ArgumentError("write_peft: module '" + m.name + "' " + what);
+    };
+    if (f.rank() != scaling.rank(m.name))
+      fail(lowrank::detail::text("has rank ", f.rank(), ", the configuration says ", scaling.rank(m.name)));
+    const double s = scaling.scale(m.name);
+    if (!(std::abs(double(f.scale) - s) <= 1e-6 * std::abs(s)))
+      fail(lowrank::detail::text("has scale ", double(f.scale), ", the configuration says ", s));
+    for (const auto* x : {&f.A, &f.B})
+      for (Index i = 0; i < x->size(); ++i)
+        if (!std::isfinite(x->data()[i])) fail("has a factor that is not finite");
+    const auto shape = [](const Matrix<float>& x, const Shape& stored) {
+      return stored.empty() ? Shape{std::uint64_t(x.rows()), std::uint64_t(x.cols())} : stored;
+    };
+    const auto [a, b] = suffixes(m.kind);
+    specs.push_back({full(m.name, a), m.dtype, shape(f.A, m.a_shape)});
+    specs.push_back({full(m.name, b), m.dtype, shape(f.B, m.b_shape)});
+    if (!m.magnitude.empty()) specs.push_back({full(m.name, ".lora_magnitude_vector"), m.dtype, {m.magnitude.size()}});
+    if (!m.bias.empty()) specs.push_back({full(m.name, ".lora_B.bias"), m.dtype, {m.bias.size()}});
+  }
+  for (const SavedTensor& t : adapter.saved) specs.push_back({full(t.spec.name, ""), t.spec.dtype, t.spec.shape});
+  auto metadata = adapter.metadata;
+  metadata["format"] = "pt";  // PEFT's loader asks for it
+  SafeTensorsWriter out((fs::path(directory) / "adapter_model.safetensors").string(), std::move(specs), metadata);
+  for (const AdapterModule& m : adapter.modules) {
+    const auto [a, b] = suffixes(m.kind);
+    const auto vector = [&](const char* suffix, const std::vector<float>& v) {
+      if (!v.empty()) out.write_matrix(full(m.name, suffix), view_of(v.data(), 1, Index(v.size())));
+    };
+    out.write_matrix(full(m.name, a), m.factors.A.view());
+    out.write_matrix(full(m.name, b), m.factors.B.view());
+    vector(".lora_magnitude_vector", m.magnitude);
+    vector(".lora_B.bias", m.bias);
+  }
+  for (const SavedTensor& t : adapter.saved) out.write(full(t.spec.name, ""), t.bytes);
+  out.commit();
+  write_text((fs::path(directory) / "adapter_config.json").string(), peft_config_text(adapter.config));
+}
+
+}  // namespace lowrank::io

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a tensor file says of a tensor, and a look at its bytes that becomes a matrix when asked.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "lowrank/core/matrix.hpp"
+#include "lowrank/io/dtype.hpp"
+#include "lowrank/io/file.hpp"
+
+namespace lowrank::io {
+
+/// Extents, slowest first; data is row-major.
+using Shape = std::vector<std::uint64_t>;
+
+/// A tensor's name, type and shape: what a writer must know before any data.
+struct TensorSpec {
+  std::string name;
+  Dtype dtype = Dtype::F32;
+  Shape shape;
+
+  friend bool operator==(const TensorSpec&, const TensorSpec&) = default;
+};
+
+/// A TensorSpec and where its bytes lie, [begin, end) counted from the start of the data section.
+struct TensorInfo : TensorSpec {
+  std::uint64_t begin = 0, end = 0;
+
+  [[nodiscard]] std::uint64_t bytes() const noexcept { return end - begin; }
+  friend bool operator==(const TensorInfo&, const TensorInfo&) = default;
+};
+
+/// "[32, 128]", the way messages write a shape of any order.
+inline std::string shape_text(std::span<const std::uint64_t> shape) {
+  std::string s = "[";
+  for (std::size_t i = 0; i < shape.size(); ++i) s += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+  return s + "]";
+}
+
+/// A tensor in a file that stays open elsewhere (SafeTensors, Checkpoint, Npy): no bytes of its own.
+class TensorView {
+ public:
+  TensorView(const MappedFile& file, const TensorInfo& info, Bytes bytes) : file_(&file), info_(&info), bytes_(bytes) {}
+
+  [[nodiscard]] const std::string& name() const noexcept { return info_->name; }
+  [[nodiscard]] Dtype dtype() const noexcept { return info_->dtype; }
+  [[nodiscard]] const Shape& shape() const noexcept { return info_->shape; }
+  [[nodiscard]] Bytes bytes() const noexcept { return bytes_; }
+  [[nodiscard]] const MappedFile& file() const noexcept { return *file_; }
+  /// Number of elements.
+  [[nodiscard]] Index size() const noexcept { return Index(bytes_.size() * 8 / dtype_bits(dtype())); }
+  [[nodiscard]] Index rows() const { return matrix_extent(0); }
+  [[nodiscard]] Index cols() const { return matrix_extent(1); }
+
+  /// The matrix where it lies, no byte copied.
+  ///
+  /// **Throws** IoError naming the tensor when it is not two-dimensional, not stored as S, or not aligned for S (the
+  /// format allows any offset; `to_matrix` copies instead).
+  template <class S>
+  [[nodiscard]] MatrixView<const S> view() const {
+    const Index m = rows(), n = cols();
+    if (dtype() != dtype_of<S>())
+      fail(lowrank::detail::text("is stored as ", dtype_name(dtype()), ", not ", dtype_name(dtype_of<S>())));
+    if (reinterpret_cast<std::uintptr_t>(bytes_.data()) % alignof(S) != 0)
+      fail("is not aligned for a view in place; copy it with to_matrix()");
+    return view_of(reinterpret_cast<const S*>(bytes_.data()), m, n);
+  }
+
+  /// A copy as a matrix of T, whatever real type is stored; a vector becomes one row, a scalar 1×1.
+  ///
+  /// **Throws** IoError naming the tensor for types that are not real numbers, or more than two dimensions.
+  /// **Cost** one pass at memory speed. **Numerics** exact but for F64 → float.
+  template <Real T>
+  [[nodiscard]] Matrix<T> to_matrix() const {
+    Matrix<T> m;
+    if (shape().size() == 2)
+      m.resize(rows(), cols());
+    else if (shape().size() < 2)
+      m.resize(1, size());
+    else
+      fail(lowrank::detail::text("has shape ", shape_text(shape()), ", expected a matrix"));
+    copy_to(m.data());
+    return m;
+  }
+  /// All elements as T, in memory order.
+  template <Real T>
+  void copy_to(T* out) const {
+    if (!is_convertible_float(dtype()))
+      fail(lowrank::detail::text("is stored as ", dtype_name(dtype()), ", expected a floating-point type"));
+    convert_from(dtype(), bytes_.data(), size(), out);
+  }
+  template <Real T>
+  [[nodiscard]] std::vector<T> to_vector() const {
+    std::vector<T> v(static_cast<std::size_t>(size()));
+    copy_to(v.data());
+    return v;
+  }
+
+  /// Start reading; map at once; give the pages back. See MappedFile.
+  void will_need() const noexcept { file_->will_need(bytes_); }
+  void populate() const noexcept { file_->populate(bytes_); }
+  void drop() const noexcept { file_->drop(bytes_); }
+
+  [[noreturn]] void fail(const std::string& what) const { throw IoError(file_->path(), name(), what); }
+
+ private:
+  [[nodiscard]] Index matrix_extent(std::size_t i) const {
+    if (shape().size() != 2) fail(lowrank::detail::text("has shape ", shape_text(shape()), ", expected a matrix"));
+    // An empty matrix may claim an extent beyond Index: the other one is zero, so nothing bounds it.
+    if (shape()[i] > std::uint64_t(std::numeric_limits<Index>::max()))
+      fail(lowrank::detail::text("has an extent beyond what can be addressed: ", shape_text(shape())));
+    return Index(shape()[i]);
+  }
+  const MappedFile* file_;
+  const TensorInfo* info_;
+  Bytes bytes_;
+};
+
+}  // namespace lowrank::io

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// A directory that goes away, files made of strings, and the check that an IoError says what it should.
+#pragma once
+
+#include <doctest/doctest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <string>
+
+#include "lowrank/core/matrix.hpp"
+#include "lowrank/core/rng.hpp"
+#include "lowrank/io/file.hpp"
+
+namespace lowrank::test {
+
+class TempDir {
+ public:
+  TempDir() {
+    std::string pattern = (std::filesystem::temp_directory_path() / "lowrank-test-XXXXXX").string();
+    if (::mkdtemp(pattern.data()) == nullptr) throw std::runtime_error("mkdtemp failed");
+    path_ = pattern;
+  }
+  TempDir(const TempDir&) = delete;
+  ~TempDir() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  [[nodiscard]] std::string path() const { return path_.string(); }
+  [[nodiscard]] std::string operator/(const std::string& name) const { return (path_ / name).string(); }
+
+ private:
+  std::filesystem::path path_;
+};
+
+inline void put(const std::string& path, const std::string& bytes) {
+  std::filesystem::create_directories(std::filesystem::path(path).parent_path());
+  std::ofstream(path, std::ios::binary) << bytes;
+}
+inline std::string get(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  std::ostringstream s;
+  s << in.rdbuf();
+  return s.str();
+}
+inline std::size_t files_in(const std::string& directory) {
+  std::size_t n = 0;
+  for ([[maybe_unused]] const auto& e : std::filesystem::directory_iterator(directory)) ++n;
+  return n;
+}
+
+inline io::Bytes bytes_of(const std::string& s) { return std::as_bytes(std::span(s.data(), s.size())); }
+
+/// `size` as eight little-endian bytes, then the text: the front of a safetensors file.
+inline std::string with_length(const std::string& header, std::uint64_t size) {
+  return std::string(reinterpret_cast<const char*>(&size), 8) + header;
+}
+inline std::string safetensors_bytes(const std::string& header, const std::string& data = {}) {
+  return with_length(header, header.size()) + data;
+}
+
+/// f() must throw an E whose message holds every one of the given parts.
+template <class E = IoError, class F>
+void check_error(F&& f, std::initializer_list<const char*> parts) {
+  try {
+    f();
+  } catch (const E& e) {
+    for (const char* part : parts) {
+      const std::string said = e.what(), expected = part;
+      INFO("message: ", said, "; expected in it: ", expected);
+      CHECK(said.find(expected) != std::string::npos);
+    }
+    return;
+  }
+  FAIL("nothing was thrown");
+}
+
+template <class T = float>
+Matrix<T> random_matrix(Index m, Index n, std::uint64_t seed, double scale = 1) {
+  Matrix<T> x(m, n);
+  CounterRng(seed).fill_normal(x.view(), 0, scale);
+  return x;
+}
+
+template <class T>
+bool same_bits(const Matrix<T>& a, const Matrix<T>& b) {
+  return a.rows() == b.rows() && a.cols() == b.cols() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), std::size_t(a.size()) * sizeof(T)) == 0);
+}
+
+}  // namespace lowrank::test

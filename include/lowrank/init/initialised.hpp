@@ -119,17 +119,5 @@ void expect_finite(const char* where, const char* what, const MatrixView<S>& m) 
             text(where, ": ", what, " must be finite, got ", double(m(i, j)), " at (", i, ", ", j, ")"));
 }
 
-/// ‖m‖_F² accumulated in double.
-template <class S>
-double squared_norm(const MatrixView<S>& m) {
-  double sum = 0;
-  for_each_run(m, [&](const auto* x, Index n) {
-    double s = 0;
-    for (Index i = 0; i < n; ++i) s += double(x[i]) * double(x[i]);
-    sum += s;
-  });
-  return sum;
-}
-
 }  // namespace detail
 }  // namespace lowrank

@@ -9,7 +9,7 @@
 #include <span>
 #include <vector>
 
-#include "lowrank/core/matrix_view.hpp"
+#include "lowrank/spectrum/noise.hpp"
 
 namespace lowrank {
 
@@ -24,22 +24,6 @@ struct RankChoice {
   double attained = 0;
 };
 
-namespace detail {
-
-/// Throws unless the values are finite, not negative, and sorted descending.
-template <class T>
-void check_spectrum(const char* where, std::span<const T> sigma) {
-  for (std::size_t i = 0; i < sigma.size(); ++i) {
-    if (!std::isfinite(sigma[i]))
-      throw NonFiniteError(text(where, ": singular values must be finite, got ", double(sigma[i]), " at ", i));
-    if (sigma[i] < 0 || (i > 0 && sigma[i] > sigma[i - 1]))
-      throw ArgumentError(text(where, ": singular values must be sorted descending and not negative, got ",
-                               double(sigma[i]), " at ", i));
-  }
-}
-
-}  // namespace detail
-
 /// The smallest r with Σ_{i≤r} σ_i² ≥ τ·E.
 ///
 /// **Shapes** σ sorted descending, all of them or the leading ones; `total_energy` E = ‖W‖_F² is needed (≥ 0) when the
@@ -47,22 +31,23 @@ void check_spectrum(const char* where, std::span<const T> sigma) {
 /// unsorted list, a total below the sum of the list by more than rounding; NonFiniteError. **Cost** O(k).
 /// **Numerics** Rayleigh–Ritz values never exceed the true ones, so a rank *reached* from them is an upper bound of the
 /// true energy rank: the energy is there. τ = 1 asks for all of the energy up to 1e-15 of it, as sums round.
-template <class T>
-RankChoice rank_for_energy(std::span<const T> sigma, double tau, double total_energy = -1) {
-  detail::check_spectrum<T>("rank_for_energy", sigma);
+template <SingularValueList S>
+RankChoice rank_for_energy(const S& sigma, double tau, double total_energy = -1) {
+  const auto list = detail::sigma_span(sigma);
+  detail::check_sigma("rank_for_energy", list);
   if (!(tau > 0 && tau <= 1))
     throw ArgumentError(detail::text("rank_for_energy: the fraction must lie in (0, 1], got ", tau));
   double sum = 0;
-  for (const T s : sigma) sum += double(s) * double(s);
+  for (const auto s : list) sum += double(s) * double(s);
   if (total_energy < 0) total_energy = sum;
-  if (!(total_energy >= sum * (1 - 1e-6)))
+  if (!(total_energy >= sum * (1 - 1e-6)) || !std::isfinite(total_energy))
     throw ArgumentError(detail::text("rank_for_energy: the total energy ", total_energy,
-                                     " is below the energy of the values given, ", sum));
+                                     " must be finite and at least that of the values given, ", sum));
   RankChoice choice;
   double captured = 0;
   const double wanted = tau * total_energy * (1 - 1e-15);
-  while (captured < wanted && choice.rank < Index(sigma.size())) {
-    const double s = double(sigma[std::size_t(choice.rank++)]);
+  while (captured < wanted && choice.rank < Index(list.size())) {
+    const double s = double(list[std::size_t(choice.rank++)]);
     captured += s * s;
   }
   choice.reached = captured >= wanted;
@@ -75,19 +60,20 @@ RankChoice rank_for_energy(std::span<const T> sigma, double tau, double total_en
 /// **Shapes** σ sorted descending; `full_rank` = min(m, n) tells if the list is complete (then σ beyond it is 0).
 /// **Throws** ArgumentError: ε negative or not finite, an unsorted list, a list longer than full_rank. **Cost** O(k).
 /// **Source** Eckart and Young, Psychometrika 1 (1936); Mirsky, Q. J. Math. 11 (1960).
-template <class T>
-RankChoice rank_for_spectral_error(std::span<const T> sigma, double epsilon, Index full_rank) {
-  detail::check_spectrum<T>("rank_for_spectral_error", sigma);
+template <SingularValueList S>
+RankChoice rank_for_spectral_error(const S& sigma, double epsilon, Index full_rank) {
+  const auto list = detail::sigma_span(sigma);
+  detail::check_sigma("rank_for_spectral_error", list);
   if (!(epsilon >= 0) || !std::isfinite(epsilon))
     throw ArgumentError(
         detail::text("rank_for_spectral_error: the error must be finite and not negative, got ", epsilon));
-  if (Index(sigma.size()) > full_rank)
-    throw ArgumentError(detail::text("rank_for_spectral_error: got ", sigma.size(),
+  if (Index(list.size()) > full_rank)
+    throw ArgumentError(detail::text("rank_for_spectral_error: got ", list.size(),
                                      " singular values of a matrix that has ", full_rank));
   RankChoice choice;
-  choice.rank = std::find_if(sigma.begin(), sigma.end(), [&](T s) { return double(s) <= epsilon; }) - sigma.begin();
-  choice.reached = choice.rank < Index(sigma.size()) || Index(sigma.size()) == full_rank;
-  choice.attained = choice.rank < Index(sigma.size()) ? double(sigma[std::size_t(choice.rank)]) : 0.0;
+  choice.rank = std::find_if(list.begin(), list.end(), [&](auto s) { return double(s) <= epsilon; }) - list.begin();
+  choice.reached = choice.rank < Index(list.size()) || Index(list.size()) == full_rank;
+  choice.attained = choice.rank < Index(list.size()) ? double(list[std::size_t(choice.rank)]) : 0.0;
   if (!choice.reached) choice.attained = std::numeric_limits<double>::quiet_NaN();
   return choice;
 }
@@ -97,15 +83,10 @@ RankChoice rank_for_spectral_error(std::span<const T> sigma, double epsilon, Ind
 ///
 /// **Shapes** σ sorted descending; m×n the matrix. **Throws** ArgumentError: noise negative or not finite, an unsorted
 /// list. `reached` is false when every value of a truncated list is above the edge. **Cost** O(k).
-/// **Numerics** the edge is asymptotic: the largest singular value of noise alone passes it by O(min(m,
-/// n)^(−1/6)·noise).
-/// **Source** Marchenko and Pastur (1967); the largest singular value tends to noise·(√m+√n).
-template <class T>
-RankChoice rank_above_noise(std::span<const T> sigma, Index m, Index n, double noise) {
-  detail::check_spectrum<T>("rank_above_noise", sigma);
-  if (!(noise >= 0) || !std::isfinite(noise))
-    throw ArgumentError(detail::text("rank_above_noise: the noise must be finite and not negative, got ", noise));
-  return rank_for_spectral_error(sigma, noise * (std::sqrt(double(m)) + std::sqrt(double(n))), std::min(m, n));
+/// **Numerics** see noise_edge for how sharp the edge is. **Source** the upper Marchenko–Pastur edge.
+template <SingularValueList S>
+RankChoice rank_above_noise(const S& sigma, Index m, Index n, double noise) {
+  return rank_for_spectral_error(sigma, noise_edge(m, n, noise), std::min(m, n));
 }
 
 /// One matrix among many that share a budget: its shape and its leading singular values, sorted descending.
@@ -163,7 +144,7 @@ inline BudgetResult ranks_under_budget(std::span<const BudgetItem> items, const 
   };
   for (std::size_t i = 0; i < items.size(); ++i) {
     const BudgetItem& item = items[i];
-    detail::check_spectrum<double>("ranks_under_budget", item.sigma);
+    detail::check_sigma<double>("ranks_under_budget", item.sigma);
     if (item.rows < 1 || item.cols < 1)
       throw ArgumentError(detail::text("ranks_under_budget: matrix ", i, " must not be empty, got ",
                                        detail::shape_text(item.rows, item.cols)));

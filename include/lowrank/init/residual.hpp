@@ -33,6 +33,39 @@ double lane_sum(Index n, F&& f) {
   return sum;
 }
 
+/// ‖x‖₂ in double, also when the squares of doubles overflow; NaN and infinity come through.
+template <class T>
+double robust_norm(Index n, const T* x) {
+  const double sum = lane_sum(n, [&](Index i) { return double(x[i]) * double(x[i]); });
+  if (std::isfinite(sum)) return std::sqrt(sum);
+  double largest = 0;
+  for (Index i = 0; i < n; ++i) {
+    if (!std::isfinite(double(x[i]))) return std::abs(double(x[i]));
+    largest = std::max(largest, std::abs(double(x[i])));
+  }
+  return largest * std::sqrt(lane_sum(n, [&](Index i) {
+           const double y = double(x[i]) / largest;
+           return y * y;
+         }));
+}
+
+/// ‖m‖_F² in double; one sum a row (or column, as stored), so that its bits do not depend on threads.
+template <class S>
+double squared_norm(const MatrixView<S>& m) {
+  const auto v = m.is_row_major() ? m : m.transposed();
+  std::vector<double> sums(static_cast<std::size_t>(v.rows()));
+  parallel_ranges(v.rows(), 1 + 32768 / (v.cols() + 1), [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i)
+      sums[std::size_t(i)] = lane_sum(v.cols(), [x = v.data() + i * v.row_stride()](Index j) {
+        const double e = double(x[j]);
+        return e * e;
+      });
+  });
+  double sum = 0;
+  for (const double x : sums) sum += x;
+  return sum;
+}
+
 /// Rows [i0, i1) of W − s·B·A in `panel` (i1 − i0 rows of n). W row-major.
 template <class T, class S>
 void residual_panel(const MatrixView<const S>& W, const MatrixView<const T>& B, const MatrixView<const T>& A, T scale,
@@ -80,17 +113,16 @@ ResidualNorms residual_base(MatrixView<const S> W, const LoraFactors<T>& f, Matr
   }
   const Index n = W.cols(), height = std::clamp<Index>((Index(4) << 20) / (n * Index(sizeof(T))), 16, W.rows() + 15);
   Matrix<T> panel;
-  std::vector<double> residual, lost;  // one a row, so that the sums have one order
+  // One a row, so that the sums have one order.
+  std::vector<double> residual(static_cast<std::size_t>(W.rows())), lost(residual);
   for (Index i0 = 0; i0 < W.rows(); i0 += height) {
     const Index i1 = std::min(W.rows(), i0 + height);
     panel.resize(i1 - i0, n);
     detail::residual_panel<T, S>(W, left, right, f.scale, i0, i1, panel.view());
-    residual.assign(std::size_t(i1 - i0), 0);
-    lost.assign(std::size_t(i1 - i0), 0);
     detail::parallel_ranges(i1 - i0, 16, [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
         const T* p = &panel(i, 0);
-        residual[std::size_t(i)] = detail::lane_sum(n, [&](Index j) { return double(p[j]) * double(p[j]); });
+        residual[std::size_t(i0 + i)] = detail::robust_norm(n, p);
         if (base.col_stride() == 1) {
           Out* b = &base(i0 + i, 0);
           for (Index j = 0; j < n; ++j) b[j] = Out(p[j]);
@@ -98,23 +130,19 @@ ResidualNorms residual_base(MatrixView<const S> W, const LoraFactors<T>& f, Matr
           for (Index j = 0; j < n; ++j) base(i0 + i, j) = Out(p[j]);
         }
         if constexpr (!std::same_as<Out, T>)
-          lost[std::size_t(i)] = detail::lane_sum(n, [&](Index j) {
+          lost[std::size_t(i0 + i)] = detail::lane_sum(n, [&](Index j) {
             const double d = double(p[j]) - double(T(base(i0 + i, j)));
             return d * d;
           });
       }
     });
-    for (Index i = 0; i < i1 - i0; ++i) {
-      norms.residual += residual[std::size_t(i)];
-      norms.storage_error += lost[std::size_t(i)];
-    }
   }
+  norms.residual = detail::robust_norm(W.rows(), residual.data());
+  norms.storage_error = std::sqrt(detail::lane_sum(W.rows(), [&](Index i) { return lost[std::size_t(i)]; }));
   if (!std::isfinite(norms.residual))
     throw NonFiniteError("residual_base: W - s*B*A must be finite, got NaN or infinity (in W, A or B, or by overflow)");
   if (!std::isfinite(norms.storage_error))
     throw ArgumentError("residual_base: a value of the base leaves the range of its storage type; store it wider");
-  norms.residual = std::sqrt(norms.residual);
-  norms.storage_error = std::sqrt(norms.storage_error);
   return norms;
 }
 

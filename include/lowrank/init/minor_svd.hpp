@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+// The smallest singular triplets of a matrix: dominant ones of its triangular inverse, verified, or a full SVD.
+#pragma once
+
+#include "lowrank/init/residual.hpp"
+#include "lowrank/linalg/qr.hpp"
+#include "lowrank/linalg/small_svd.hpp"
+#include "lowrank/linalg/truncated_svd.hpp"
+
+namespace lowrank {
+
+struct MinorSvdOptions {
+  /// Triplets are accepted when ‖Av − σu‖ and ‖Aᵀu − σv‖ stay below this times ‖A‖₂; 0: 100·eps of the scalar.
+  double tolerance = 0;
+  /// Take the full SVD without trying.
+  bool full = false;
+  std::uint64_t seed = 0;
+};
+
+/// The r smallest of the min(m, n) singular triplets, still sorted descending.
+template <Real T>
+struct MinorSvd : Svd<T> {
+  /// The larger of ‖Avᵢ − σᵢuᵢ‖ and ‖Aᵀuᵢ − σᵢvᵢ‖.
+  std::vector<double> residuals;
+  /// Whether a full SVD was needed.
+  bool full = false;
+};
+
+namespace detail {
+
+/// R⁻¹ of an upper triangular R without a zero on the diagonal, as an operator: solves by blocks, all but the diagonal
+/// blocks through products.
+template <Real T>
+class TriangularInverse {
+ public:
+  using scalar = T;
+  explicit TriangularInverse(MatrixView<const T> R) : R_(R) {}
+  [[nodiscard]] Index rows() const { return R_.rows(); }
+  [[nodiscard]] Index cols() const { return R_.rows(); }
+
+  void apply(MatrixView<const T> X, MatrixView<T> Y) const {  // R·Y = X, from below
+    Matrix<T> y(X);
+    for (Index end = rows(); end > 0;) {
+      const Index begin = std::max<Index>(0, end - block), size = end - begin, done = rows() - end;
+      const auto rhs = y.view().middle_rows(begin, size);
+      if (done > 0)
+        product<T, T, T>(T(-1), R_.block(begin, end, size, done), y.view().middle_rows(end, done).transposed(), true,
+                         rhs);
+      for (Index i = size - 1; i >= 0; --i) {
+        for (Index l = i + 1; l < size; ++l) add_row(rhs, i, -R_(begin + i, begin + l), l);
+        divide_row(rhs, i, R_(begin + i, begin + i));
+      }
+      end = begin;
+    }
+    copy(y, Y);
+  }
+  void apply_adjoint(MatrixView<const T> X, MatrixView<T> Y) const {  // Rᵀ·Y = X, from above
+    Matrix<T> y(X);
+    for (Index begin = 0; begin < rows();) {
+      const Index size = std::min<Index>(block, rows() - begin);
+      const auto rhs = y.view().middle_rows(begin, size);
+      if (begin > 0)
+        product<T, T, T>(T(-1), R_.block(0, begin, begin, size).transposed(),
+                         y.view().middle_rows(0, begin).transposed(), true, rhs);
+      for (Index i = 0; i < size; ++i) {
+        for (Index l = 0; l < i; ++l) add_row(rhs, i, -R_(begin + l, begin + i), l);
+        divide_row(rhs, i, R_(begin + i, begin + i));
+      }
+      begin += size;
+    }
+    copy(y, Y);
+  }
+
+ private:
+  static constexpr Index block = 64;
+  static void add_row(const MatrixView<T>& y, Index to, T c, Index from) {
+    T *a = &y(to, 0), *b = &y(from, 0);
+    for (Index j = 0; j < y.cols(); ++j) a[j] += c * b[j];
+  }
+  static void divide_row(const MatrixView<T>& y, Index i, T d) {
+    T* a = &y(i, 0);
+    for (Index j = 0; j < y.cols(); ++j) a[j] /= d;
+  }
+  static void copy(const Matrix<T>& from, const MatrixView<T>& to) {
+    for (Index i = 0; i < from.rows(); ++i)
+      for (Index j = 0; j < from.cols(); ++j) to(i, j) = from(i, j);
+  }
+
+  MatrixView<const T> R_;
+};
+
+/// ‖A·V − U·diag(S)‖ and ‖Aᵀ·U − V·diag(S)‖ column by column, the larger.
+template <class T, class S>
+std::vector<double> triplet_residuals(MatrixView<const S> A, const Svd<T>& d) {
+  const Index k = Index(d.S.size());
+  Matrix<T> left(k, A.rows()), right(k, A.cols());  // (A·V)ᵀ and (Aᵀ·U)ᵀ
+  product<T, T, S>(T(1), d.V.view().transposed(), A, false, left.view());
+  product<T, T, S>(T(1), d.U.view().transposed(), A.transposed(), false, right.view());
+  std::vector<double> out;
+  for (Index i = 0; i < k; ++i) {
+    const double s = double(d.S[std::size_t(i)]);
+    const double l =
+        lane_sum(A.rows(), [&](Index j) { return std::pow(double(left(i, j)) - s * double(d.U(j, i)), 2); });
+    const double r =
+        lane_sum(A.cols(), [&](Index j) { return std::pow(double(right(i, j)) - s * double(d.V(j, i)), 2); });
+    out.push_back(std::sqrt(std::max(l, r)));
+  }
+  return out;
+}
+
+template <class T, class S>
+MinorSvd<T> minor_by_full_svd(MatrixView<const S> A, Index rank) {
+  const Matrix<T> copy(A);
+  Svd<T> d = small_svd<T>(copy.view());
+  const Index skip = Index(d.S.size()) - rank;
+  MinorSvd<T> out;
+  out.U = Matrix<T>(d.U.view().middle_cols(skip, rank));
+  out.V = Matrix<T>(d.V.view().middle_cols(skip, rank));
+  out.S.assign(d.S.begin() + skip, d.S.end());
+  out.residuals = triplet_residuals<T, S>(A, out);
+  out.full = true;
+  return out;
+}
+
+/// The triplets of a tall A through A = Q·R, or nothing when they are not as good as `tolerance`·‖A‖.
+template <class T, class S>
+bool minor_by_inverse(MatrixView<const S> A, Index rank, double tolerance, std::uint64_t seed, MinorSvd<T>& out) {
+  const Index n = A.cols();
+  Matrix<T> Q(A), R(n, n);
+  thin_qr_in_place(Q.view(), R.view());
+  // A zero on the diagonal becomes eps·max|R|: a change of the size that rounding has made already.
+  double largest = 0;
+  for (Index i = 0; i < n; ++i) largest = std::max(largest, std::abs(double(R(i, i))));
+  const T least = T(largest * double(std::numeric_limits<T>::epsilon()));
+  if (!(least > 0)) return false;
+  for (Index i = 0; i < n; ++i)
+    if (std::abs(R(i, i)) < least) R(i, i) = least;
+
+  // R⁻¹ = X·diag(1/σ)·Yᵀ, so R = Y·diag(σ)·Xᵀ.
+  const auto inverse =
+      truncated_svd<T>(TriangularInverse<T>(R.view()), rank,
+                       {.energy_tolerance = 0, .residual_tolerance = tolerance, .max_passes = 200, .seed = seed});
+  Svd<T> trial;
+  trial.U = multiply<T>(Q.view(), inverse.V.view());
+  trial.V = inverse.U;
+  // One Rayleigh–Ritz step on A itself puts the values and the pairing right to rounding of A.
+  Matrix<T> AV(A.rows(), rank);
+  product<T, S, T>(T(1), A, trial.V.view().transposed(), false, AV.view());
+  const Matrix<T> core = multiply<T>(trial.U.view().transposed(), AV.view());
+  const Svd<T> inner = small_svd<T>(core.view());
+  out.U = multiply<T>(trial.U.view(), inner.U.view());
+  out.V = multiply<T>(trial.V.view(), inner.V.view());
+  out.S = inner.S;
+  out.residuals = triplet_residuals<T, S>(A, out);
+  const double norm = double(truncated_svd(A, 1, {.energy_tolerance = 1e-2, .seed = seed}).S[0]);
+  return std::all_of(out.residuals.begin(), out.residuals.end(), [&](double r) { return r <= tolerance * norm; });
+}
+
+}  // namespace detail
+
+/// The `rank` smallest singular triplets of A: A·v = σ·u, Aᵀ·u = σ·v.
+///
+/// Krylov methods find large values; the small ones of a weight lie too close together for them. Those of R⁻¹, A = Q·R,
+/// are the largest and far apart: a few solves with R bring them out. Each triplet is then checked against A itself,
+/// and when one does not hold (A close to singular) the full SVD is taken, as it is below 128 columns, where it is as
+/// fast.
+/// **Shapes** A m×n in f32, f64, bf16 or f16, any order; U m×rank, S rank descending, V n×rank: the last `rank` of the
+/// min(m, n) triplets of the thin SVD. **Throws** ArgumentError: rank or tolerance out of range; NonFiniteError.
+/// **Cost** a QR of the longer side, 7·m·n² flops, and 2·n²·(block) a solve; memory a copy of A in T and n².
+/// **Numerics** `residuals` are measured, so each (u, σ, v) is a triplet of A to within its residual. That none smaller
+/// was missed rests, as for every Krylov method, on the random start: probability one, not a certificate. Where σ is
+/// below eps·σ₁ the direction is that of rounding.
+/// **Source** inverse iteration in the form of Golub and Van Loan, Matrix Computations, §8.2; Rayleigh–Ritz on A.
+template <MatrixLike X>
+auto minor_svd(X&& matrix, Index rank, const MinorSvdOptions& options = {}) {
+  using S = scalar_of<X>;
+  using T = arithmetic_of<S>;
+  const MatrixView<const S> A = view_of(matrix);
+  detail::check_rank("minor_svd", rank, A.rows(), A.cols());
+  detail::expect_finite("minor_svd", "A", A);
+  const double tolerance = options.tolerance == 0 ? 100 * double(std::numeric_limits<T>::epsilon()) : options.tolerance;
+  if (!(tolerance > 0) || !std::isfinite(tolerance))
+    throw ArgumentError(
+        detail::text("minor_svd: the tolerance must be finite and not negative, got ", options.tolerance));
+  if (options.full || std::min(A.rows(), A.cols()) < 128 || 4 * rank > std::min(A.rows(), A.cols()))
+    return detail::minor_by_full_svd<T, S>(A, rank);
+  MinorSvd<T> out;
+  if (A.rows() >= A.cols()) {
+    if (detail::minor_by_inverse<T, S>(A, rank, tolerance, options.seed, out)) return out;
+  } else if (detail::minor_by_inverse<T, S>(A.transposed(), rank, tolerance, options.seed, out)) {
+    std::swap(out.U, out.V);
+    return out;
+  }
+  return detail::minor_by_full_svd<T, S>(A, rank);
+}
+
+}  // namespace lowrank

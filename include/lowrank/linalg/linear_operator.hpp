@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// LinearOperator: a matrix that is known only by what it does to a block of vectors.
+#pragma once
+
+#include <concepts>
+
+#include "lowrank/core/half.hpp"
+#include "lowrank/core/matrix_view.hpp"
+
+namespace lowrank {
+
+/// Something that multiplies blocks of vectors like a rows() × cols() matrix A over T.
+///
+/// - `apply(X, Y)`: Y = A·X. X cols()×k, Y rows()×k.
+/// - `apply_adjoint(X, Y)`: Y = Aᵀ·X. X rows()×k, Y cols()×k.
+///
+/// X and Y come in any order and do not overlap; Y's old contents mean nothing. Both must describe the *same* matrix to
+/// rounding: adjoint_check (certificates.hpp) tells. An operator is passed by const reference and copied into
+/// composites, so it should be as light as a view.
+template <class Op, class T>
+concept LinearOperator = Real<T> && requires(const Op& A, MatrixView<const T> in, MatrixView<T> out) {
+  { A.rows() } -> std::convertible_to<Index>;
+  { A.cols() } -> std::convertible_to<Index>;
+  A.apply(in, out);
+  A.apply_adjoint(in, out);
+};
+
+/// An operator that knows ‖A‖_F², in double. Without it a truncated SVD cannot tell which share of the energy it
+/// captured.
+template <class Op>
+concept HasFrobeniusNorm = requires(const Op& A) {
+  { A.frobenius_norm_squared() } -> std::convertible_to<double>;
+};
+
+/// The two products that stand on either side of A: AᵀA (on vectors of length cols) and AAᵀ (of length rows).
+enum class GramSide { right, left };
+
+/// An operator that computes both factors of a Gram product while it reads its matrix once:
+///
+/// - `gram_side()`: the side on which it can.
+/// - `apply_gram(X, Y, Z)`: right: Y = A·X, Z = Aᵀ·Y; left: Y = Aᵀ·X, Z = A·Y.
+///
+/// Where memory bandwidth bounds a product with few vectors, this halves the time of a Krylov step.
+template <class Op, class T>
+concept HasGram = LinearOperator<Op, T> && requires(const Op& A, MatrixView<const T> X, MatrixView<T> Y) {
+  { A.gram_side() } -> std::same_as<GramSide>;
+  A.apply_gram(X, Y, Y);
+};
+
+}  // namespace lowrank

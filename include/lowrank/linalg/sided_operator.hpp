@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// The operator an iteration sees: A or Aᵀ, brought to a norm near 1, its readings counted.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "lowrank/linalg/linear_operator.hpp"
+#include "lowrank/linalg/operators.hpp"
+#include "lowrank/linalg/vector_ops.hpp"
+
+namespace lowrank::detail {
+
+/// ‖X‖_F² in double of vectors lying in rows.
+template <class T>
+double rows_norm_squared(MatrixView<const T> X) {
+  double sum = 0;
+  for (Index i = 0; i < X.rows(); ++i) sum += sum_of_squares(X.cols(), &X(i, 0));
+  return sum;
+}
+
+/// M = c·A (right) or c·Aᵀ (left) on blocks of vectors that lie in rows: X is b×domain, Y is b×range.
+///
+/// c is a power of two and 1 unless the norm of A leaves the range in which squares of singular values are safe in T.
+/// Then factors are spread over X and the result, so that neither entries near 1e38 overflow nor denormals lose their
+/// bits.
+template <Real T, class Op>
+class SidedOperator {
+ public:
+  SidedOperator(const Op& A, GramSide side, const char* where) : A_(&A), side_(side), where_(where) {}
+
+  [[nodiscard]] Index domain() const { return side_ == GramSide::right ? A_->cols() : A_->rows(); }
+  [[nodiscard]] Index range() const { return side_ == GramSide::right ? A_->rows() : A_->cols(); }
+  [[nodiscard]] GramSide side() const noexcept { return side_; }
+  [[nodiscard]] Index passes() const noexcept { return passes_; }
+  /// The singular values of A are those of M divided by this.
+  [[nodiscard]] double scale() const { return std::ldexp(1.0, pre_ + post_); }
+
+  /// Measures ‖A‖ on a block of orthonormal vectors and settles c; returns ‖M·X‖_F, 0 when A·X is zero.
+  double settle_scale(MatrixView<const T> X, MatrixView<T> Y) {
+    // Three tries: as it is, with entries of X near the bottom (A is huge), near the top (A is tiny).
+    constexpr int far = std::same_as<T, float> ? 90 : 700;
+    for (const int pre : {0, -far, far}) {
+      pre_ = pre;
+      post_ = 0;
+      forward(X, Y, false);
+      const double norm = std::sqrt(rows_norm_squared<T>(Y));
+      if (pre < 0 && !std::isfinite(norm)) break;
+      if (!std::isfinite(norm) || (pre >= 0 && norm < tiny)) continue;
+      if (pre == 0 && norm > tiny && norm < 1 / tiny) return norm;
+      post_ = -std::ilogb(norm);
+      return std::ldexp(norm, post_);
+    }
+    pre_ = post_ = 0;
+    forward(X, Y, false);
+    const double norm = std::sqrt(rows_norm_squared<T>(Y));
+    if (!std::isfinite(norm)) fail();
+    return norm == 0 ? 0 : norm;
+  }
+
+  /// Y = M·X.
+  void forward(MatrixView<const T> X, MatrixView<T> Y, bool check = true) {
+    run(X, Y, side_ == GramSide::right, check);
+  }
+  /// Z = Mᵀ·Y.
+  void adjoint(MatrixView<const T> Y, MatrixView<T> Z) { run(Y, Z, side_ == GramSide::left, true); }
+  /// Y = M·X, Z = Mᵀ·Y; in one reading when A can.
+  void gram(MatrixView<const T> X, MatrixView<T> Y, MatrixView<T> Z) {
+    if constexpr (HasGram<Op, T>) {
+      if (pre_ == 0 && post_ == 0 && A_->gram_side() == side_) {
+        A_->apply_gram(X.transposed(), Y.transposed(), Z.transposed());
+        ++passes_;
+        return expect_finite(Z);
+      }
+    }
+    forward(X, Y);
+    adjoint(Y, Z);
+  }
+
+ private:
+  static constexpr double tiny = std::same_as<T, float> ? 1e-8 : 1e-100;
+
+  [[noreturn]] void fail() const {
+    throw NonFiniteError(text(where_, ": the matrix holds NaN or infinity, or its products overflow"));
+  }
+  void expect_finite(MatrixView<const T> X) const {
+    if (!std::isfinite(rows_norm_squared<T>(X))) fail();
+  }
+  void run(MatrixView<const T> X, MatrixView<T> Y, bool direct, bool check) {
+    ++passes_;
+    MatrixView<const T> in = X;
+    if (pre_ != 0) {
+      scaled_.resize(X.rows(), X.cols());
+      for (Index i = 0; i < X.rows(); ++i)
+        for (Index j = 0; j < X.cols(); ++j) scaled_(i, j) = std::ldexp(X(i, j), pre_);
+      in = scaled_.view();
+    }
+    direct ? A_->apply(in.transposed(), Y.transposed()) : A_->apply_adjoint(in.transposed(), Y.transposed());
+    if (post_ != 0)
+      for (Index i = 0; i < Y.rows(); ++i)
+        for (Index j = 0; j < Y.cols(); ++j) Y(i, j) = std::ldexp(Y(i, j), post_);
+    if (check) expect_finite(Y);
+  }
+
+  const Op* A_;
+  GramSide side_;
+  const char* where_;
+  int pre_ = 0, post_ = 0;
+  Index passes_ = 0;
+  Matrix<T> scaled_;
+};
+
+}  // namespace lowrank::detail

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "lowrank/core/half.hpp"
 #include "lowrank/core/matrix.hpp"
 
 namespace lowrank {

@@ -2,6 +2,8 @@
 // Products of a few vectors with a big matrix: W passes through the registers once, as stored, and is never packed.
 #pragma once
 
+#include <algorithm>
+
 #include "lowrank/core/threads.hpp"
 #include "lowrank/linalg/simd.hpp"
 
@@ -91,8 +93,12 @@ void in_row_groups(Index rows, F&& f) {
 /// C = accumulate·C + α·P·Qᵀ for few rows of P, Q in either order. P and C have contiguous rows (col_stride 1).
 template <class T, class S>
 void few_rows_product(T alpha, MatrixView<const T> p, MatrixView<const S> q, bool accumulate, MatrixView<T> c) {
+  // Threads share whole groups of columns: which columns are done four (or a vector) at a time, and so their rounding,
+  // must not depend on the number of threads.
+  constexpr Index group = std::max(4, lanes<T>);
   const Index grain = std::max<Index>(64, few_rows_grain / std::max<Index>(1, p.cols()));
-  parallel_ranges(c.cols(), grain, [&](Index j0, Index j1) {
+  parallel_ranges((c.cols() + group - 1) / group, (grain + group - 1) / group, [&](Index g0, Index g1) {
+    const Index j0 = g0 * group, j1 = std::min(g1 * group, c.cols());
     in_row_groups(c.rows(), [&]<int MR>(Index i) {
       const auto pi = p.middle_rows(i, MR);
       const auto ci = c.middle_rows(i, MR);

@@ -173,8 +173,13 @@ TEST_CASE("a bf16 or f16 base gives what its widened copy gives, bit for bit") {
     b.forward(X, yb, wb);
     a.backward(X, G, wa, da);
     b.backward(X, G, wb, db);
+#if defined(LOWRANK_USE_BLAS)  // the dense product is BLAS', the narrow one ours: equal up to rounding only
+    CHECK(deviation(ya, yb) < rounding<float>(100));
+    CHECK(deviation(da, db) < rounding<float>(100));
+#else
     CHECK(test::same_bits(ya, yb));
     CHECK(test::same_bits(da, db));
+#endif
   };
   run(Matrix<bf16>(random_matrix<float>(out, in, 7).view()));
   run(Matrix<f16>(random_matrix<float>(out, in, 8).view()));

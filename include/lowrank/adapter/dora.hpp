@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+// DoRA: the weight's rows split into magnitude, trained directly, and direction, adapted by s·B·A.
+//
+// W out×in (frozen), A r×in, B out×r, m out. n_j = ‖(W + s·B·A)_j‖ (row norms).
+//   Z = X·Wᵀ + s·(X̃·Aᵀ)·Bᵀ,  Y = Z·diag(m/n) (+ b)
+//   dm_j = Σ_t G_tj·Z_tj / n_j,  and A, B, X get LoRA's gradients of G·diag(m/n); n is held constant, as in the paper.
+#pragma once
+
+#include "lowrank/adapter/embedding.hpp"
+
+namespace lowrank {
+
+namespace detail {
+
+/// ‖w_i‖² of every row of a frozen base, in double.
+template <class T, RowReadable<T> Base>
+std::vector<double> row_norms_squared(const Base& base) {
+  std::vector<double> squares(std::size_t(base.rows()), 0.0);
+  Buffer<T> row(base.cols());
+  for (Index i = 0; i < base.rows(); ++i) {
+    base.copy_row(i, row.data());
+    for (const T w : row) squares[std::size_t(i)] += double(w) * double(w);
+  }
+  return squares;
+}
+
+}  // namespace detail
+
+/// What DoraLinear keeps between forward and backward; see LoraWorkspace.
+template <Real T>
+struct DoraWorkspace {
+  LoraWorkspace<T> lora;
+  Matrix<T> Z;          ///< output before the magnitudes, tokens×out
+  Matrix<T> scaled;     ///< G·diag(m/n), tokens×out
+  Matrix<T> projected;  ///< A·Wᵀ, r×out, of the row norms
+};
+
+/// Y = (X·Wᵀ + s·(X·Aᵀ)·Bᵀ)·diag(m/‖W + s·B·A‖_row) (+ b), with A, B and the magnitudes m trained.
+///
+/// Parameters "lora_A" r×in, "lora_B" out×r, "lora_magnitude_vector" 1×out. m starts as the row norms of W + s·B·A, so
+/// that the layer starts as LoraLinear would. Row norms come from ‖w_i‖² + 2s·(W·Aᵀ)_i·B_i + s²·B_i·(A·Aᵀ)·B_iᵀ: the
+/// dense W + s·B·A is never formed.
+/// **Cost** LoraLinear's plus 2·out·in·r flops for the norms and two passes over tokens×out. **Throws** as LoraLinear.
+/// **Source** Liu et al., "DoRA", arXiv 2402.09353, eq. 5 and §4.3 (the norm as a constant).
+template <Real T, class Base = DenseBase<T>>
+requires FrozenBase<Base, T> && RowReadable<Base, T>
+class DoraLinear {
+ public:
+  using scalar = T;
+
+  /// `magnitude`: m, of out elements; empty starts from the row norms of W + s·B·A.
+  DoraLinear(Base base, const LoraFactors<T>& factors, const LoraLinearOptions& options = {},
+             std::vector<T> magnitude = {}, std::vector<T> bias = {})
+      : base_(std::move(base)),
+        scale_(factors.scale),
+        options_(options),
+        bias_(detail::checked_bias("DoraLinear", std::move(bias), base_.rows())),
+        base_squares_(detail::row_norms_squared<T>(base_)),
+        norms_(base_squares_.size()),
+        parameters_({{"lora_A", factors.A.rows(), factors.A.cols()},
+                     {"lora_B", factors.B.rows(), factors.B.cols()},
+                     {"lora_magnitude_vector", 1, Index(base_.rows())}}) {
+    detail::check_factors("DoraLinear", factors);
+    detail::check_rank("DoraLinear", factors.rank(), base_.rows(), base_.cols());
+    detail::expect_shape("DoraLinear", "A", factors.A.rows(), factors.A.cols(), factors.rank(), Index(base_.cols()));
+    detail::expect_shape("DoraLinear", "B", factors.B.rows(), factors.B.cols(), Index(base_.rows()), factors.rank());
+    detail::checked_dropout("DoraLinear", options.dropout);
+    if (options.train_bias) throw ArgumentError("DoraLinear: a trained bias is not supported, got train_bias = true");
+    std::copy(factors.A.data(), factors.A.data() + factors.A.size(), A().data());
+    std::copy(factors.B.data(), factors.B.data() + factors.B.size(), B().data());
+    if (!magnitude.empty() && Index(magnitude.size()) != out_features())
+      throw ShapeError(
+          detail::text("DoraLinear: the magnitude must have ", out_features(), " elements, got ", magnitude.size()));
+    Matrix<T> projected;
+    update_norms(projected);
+    for (Index j = 0; j < out_features(); ++j)
+      this->magnitude()(0, j) = magnitude.empty() ? T(norms_[std::size_t(j)]) : magnitude[std::size_t(j)];
+  }
+
+  [[nodiscard]] Index in_features() const noexcept { return base_.cols(); }
+  [[nodiscard]] Index out_features() const noexcept { return base_.rows(); }
+  [[nodiscard]] Index rank() const noexcept { return A().rows(); }
+  [[nodiscard]] const Base& base() const noexcept { return base_; }
+  [[nodiscard]] T scale() const noexcept { return scale_; }
+  [[nodiscard]] MatrixView<T> A() noexcept { return parameters_.value(0); }
+  [[nodiscard]] MatrixView<T> B() noexcept { return parameters_.value(1); }
+  [[nodiscard]] MatrixView<const T> A() const noexcept { return parameters_.value(0); }
+  [[nodiscard]] MatrixView<const T> B() const noexcept { return parameters_.value(1); }
+  [[nodiscard]] MatrixView<T> magnitude() noexcept { return parameters_.value(2); }
+  [[nodiscard]] MatrixView<const T> magnitude() const noexcept { return parameters_.value(2); }
+  [[nodiscard]] Parameters<T>& parameters() noexcept { return parameters_; }
+  [[nodiscard]] const Parameters<T>& parameters() const noexcept { return parameters_; }
+
+  /// Y from X. In training the row norms follow A and B; in Phase::eval they are the last ones computed, so that
+  /// decoding pays nothing for them (call it once in training phase, or update_norms, after changing A or B by hand).
+  template <MatrixOf<const T> X, MatrixOf<T> Y>
+  void forward(X&& x, Y&& y, DoraWorkspace<T>& ws, Phase phase = Phase::train) {
+    const MatrixView<const T> xv = view_of(x);
+    const MatrixView<T> yv = view_of(y);
+    detail::expect_shape("DoraLinear::forward", "X", xv.rows(), xv.cols(), xv.rows(), in_features());
+    detail::expect_shape("DoraLinear::forward", "Y", yv.rows(), yv.cols(), xv.rows(), out_features());
+    if (detail::overlap(xv, yv)) throw ArgumentError("DoraLinear::forward: Y must not overlap X");
+    const bool drops = phase == Phase::train && options_.dropout > 0;
+    if (drops) ++ws.lora.call;
+    if (phase == Phase::train) update_norms(ws.projected);
+    ws.Z.resize(xv.rows(), out_features());
+    lora_forward<T>(base_, A(), B(), scale_, xv, ws.Z.view(), ws.lora, mask(drops, ws));
+    for (Index t = 0; t < yv.rows(); ++t)
+      for (Index j = 0; j < yv.cols(); ++j)
+        yv(t, j) = ws.Z(t, j) * ratio(j) + (bias_.empty() ? T(0) : bias_[std::size_t(j)]);
+  }
+  /// Gradients of A, B and m for the forward pass kept in `ws`, and dX.
+  template <MatrixOf<const T> X, MatrixOf<const T> G, MatrixOf<T> DX>
+  void backward(X&& x, G&& g, DoraWorkspace<T>& ws, DX&& dx, BackwardOptions options = {}) {
+    backward_impl(view_of(x), view_of(g), ws, MatrixView<T>(view_of(dx)), options);
+  }
+  template <MatrixOf<const T> X, MatrixOf<const T> G>
+  void backward(X&& x, G&& g, DoraWorkspace<T>& ws, BackwardOptions options = {}) {
+    backward_impl(view_of(x), view_of(g), ws, std::nullopt, options);
+  }
+
+  /// n_j from the present A and B; `projected` is scratch for A·Wᵀ. **Cost** 2·r·out·in + out·r² multiply-adds.
+  void update_norms(Matrix<T>& projected) {
+    const Index r = rank();
+    projected.resize(r, out_features());
+    base_.forward(A(), projected.view(), Update::assign);
+    gram_.resize(r, r);
+    for (Index k = 0; k < r; ++k)
+      for (Index l = 0; l <= k; ++l) {
+        double sum = 0;
+        for (Index i = 0; i < in_features(); ++i) sum += double(A()(k, i)) * double(A()(l, i));
+        gram_(k, l) = gram_(l, k) = sum;
+      }
+    const double s = double(scale_);
+    for (Index j = 0; j < out_features(); ++j) {
+      double square = base_squares_[std::size_t(j)];
+      for (Index k = 0; k < r; ++k) {
+        double inner = 2 * s * double(projected(k, j));
+        for (Index l = 0; l < r; ++l) inner += s * s * gram_(k, l) * double(B()(j, l));
+        square += inner * double(B()(j, k));
+      }
+      // The terms cancel when W + s·B·A nearly vanishes; what is left below rounding is no direction to divide by.
+      norms_[std::size_t(j)] = std::sqrt(std::max(square, std::numeric_limits<double>::min()));
+    }
+  }
+
+ private:
+  [[nodiscard]] T ratio(Index j) const { return T(double(magnitude()(0, j)) / norms_[std::size_t(j)]); }
+  [[nodiscard]] std::optional<detail::DropoutMask> mask(bool drops, const DoraWorkspace<T>& ws) const {
+    if (!drops) return std::nullopt;
+    return detail::DropoutMask(options_.dropout, options_.seed, ws.lora.call);
+  }
+  void backward_impl(MatrixView<const T> X, MatrixView<const T> G, DoraWorkspace<T>& ws,
+                     std::optional<MatrixView<T>> dX, BackwardOptions options) {
+    detail::expect_shape("DoraLinear::backward", "X", X.rows(), X.cols(), X.rows(), in_features());
+    detail::expect_shape("DoraLinear::backward", "G", G.rows(), G.cols(), X.rows(), out_features());
+    if (ws.Z.rows() != G.rows())
+      throw ArgumentError(detail::text("DoraLinear::backward: the workspace must hold the forward pass of these ",
+                                       G.rows(), " tokens, it holds ", ws.Z.rows()));
+    ws.scaled.resize(G.rows(), G.cols());
+    const MatrixView<T> dm = parameters_.gradient(2);
+    for (Index j = 0; j < G.cols(); ++j) {
+      double sum = 0;
+      for (Index t = 0; t < G.rows(); ++t) sum += double(G(t, j)) * double(ws.Z(t, j));
+      sum /= norms_[std::size_t(j)];
+      dm(0, j) = options.gradients == Update::accumulate ? T(double(dm(0, j)) + sum) : T(sum);
+    }
+    for (Index t = 0; t < G.rows(); ++t)
+      for (Index j = 0; j < G.cols(); ++j) ws.scaled(t, j) = G(t, j) * ratio(j);
+    lora_backward<T>(base_, A(), B(), scale_, X, ws.scaled.view(), ws.lora, parameters_.gradient(0),
+                     parameters_.gradient(1), dX, options, mask(ws.lora.masked, ws));
+  }
+
+  Base base_;
+  T scale_;
+  LoraLinearOptions options_;
+  std::vector<T> bias_;
+  std::vector<double> base_squares_, norms_;
+  Matrix<double> gram_;
+  Parameters<T> parameters_;
+};
+
+}  // namespace lowrank

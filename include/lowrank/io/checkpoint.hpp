@@ -46,7 +46,8 @@ class IndexHandler : public nlohmann::json_sax<nlohmann::json> {
   }
   bool end_object() override { return --depth_, true; }
   bool start_array(std::size_t) override {
-    if (depth_ == 0 || (in_map_ && depth_ <= 2)) throw IoError(path_, key_, "weight_map must map names to file names");
+    if (depth_ == 0) throw IoError(path_, "must hold a JSON object");
+    if (in_map_ && depth_ <= 2) throw IoError(path_, key_, "weight_map must map names to file names");
     return deeper();
   }
   bool end_array() override { return --depth_, true; }

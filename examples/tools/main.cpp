@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// lowrank: initialise, extract, merge, convert and inspect low-rank adapters of real checkpoints.
+//
+// Exit codes: 0 done, 1 the input was wrong (one line on stderr says what), 2 usage.
+#include <lowrank/core/errors.hpp>
+#include <lowrank/core/version.hpp>
+
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <new>
+
+#include "tool.hpp"
+
+namespace lowrank::tool {
+namespace {
+
+struct Entry {
+  int order;
+  const char* name;
+  void (*add)(CLI::App&);
+};
+std::vector<Entry>& entries() {
+  static std::vector<Entry> list;  // a function's static: registrations run before main, in any order of files
+  return list;
+}
+
+/// One line on stderr, whatever the message holds.
+int complain(int code, std::string message) {
+  std::replace(message.begin(), message.end(), '\n', ' ');
+  std::fprintf(stderr, "lowrank: %s\n", message.c_str());
+  return code;
+}
+
+int run(int argc, char** argv) {
+  CLI::App app{"Low-rank adapters of real checkpoints: initialise, extract, resize, merge, combine, convert, inspect."};
+  app.name("lowrank");
+  app.set_version_flag("--version", std::string("lowrank ") + version);
+  app.require_subcommand(1);
+  auto list = entries();
+  std::sort(list.begin(), list.end(), [](const Entry& a, const Entry& b) { return a.order < b.order; });
+  for (const Entry& e : list) e.add(app);
+  try {
+    app.parse(argc, argv);
+    return 0;
+  } catch (const CLI::ParseError& e) {
+    if (e.get_exit_code() == 0) return app.exit(e);  // --help, --version
+    return complain(2, std::string(e.what()) + " (see lowrank --help)");
+  } catch (const UsageError& e) {
+    return complain(2, e.what());
+  } catch (const Error& e) {
+    return complain(1, e.what());
+  } catch (const std::filesystem::filesystem_error& e) {
+    return complain(1, e.what());
+  } catch (const std::bad_alloc&) {
+    return complain(1, "not enough memory");
+  }
+}
+
+}  // namespace
+
+Registration::Registration(int order, const char* name, void (*add)(CLI::App&)) {
+  entries().push_back({order, name, add});
+}
+
+}  // namespace lowrank::tool
+
+int main(int argc, char** argv) { return lowrank::tool::run(argc, argv); }

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the subcommands of the `lowrank` program share: how one registers, prints its report, and shows progress.
+//
+// A subcommand is one file with one function `void add_name(CLI::App&)` and a Registration beside it:
+//
+//     void add_spectrum(CLI::App& app) {
+//       auto o = std::make_shared<Options>();
+//       CLI::App* sub = add_command(app, "spectrum", "Ranks and singular values of the weights", o->common);
+//       sub->add_option("checkpoint", o->path, "…")->required();
+//       sub->callback([o] { run(*o); });              // throws lowrank::Error → exit 1, UsageError → exit 2
+//     }
+//     const Registration registration{60, "spectrum", add_spectrum};
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace lowrank::tool {
+
+using Json = nlohmann::ordered_json;
+
+/// Options that do not go together, found only after parsing: exit code 2, like a misspelt option.
+class UsageError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// Options every subcommand has.
+struct Common {
+  bool json = false, quiet = false;
+};
+
+/// Adds a subcommand with --json and --quiet.
+CLI::App* add_command(CLI::App& app, const std::string& name, const std::string& description, Common& common);
+
+/// Makes a subcommand known to main(). `order` is its place in the help.
+class Registration {
+ public:
+  Registration(int order, const char* name, void (*add)(CLI::App&));
+};
+
+/// Prints the report as JSON, or else the text. Nothing else ever goes to stdout.
+void print(const Common& common, const Json& report, const std::string& text);
+
+/// A line on stderr that a person may want to see; dropped with --quiet.
+void note(const Common& common, const std::string& line);
+
+/// "13.5 GB", "4.0 KB".
+std::string size_text(std::uint64_t bytes);
+/// "1:05", "0.8 s".
+std::string time_text(double seconds);
+
+/// A bar on stderr, when that is a terminal: done/total, rate, time left, and what is being worked on.
+class Progress {
+ public:
+  Progress(const Common& common, std::string what, std::uint64_t total_bytes);
+  Progress(const Progress&) = delete;
+  ~Progress();
+  /// `bytes` more are done; `current` names what comes next or was just finished.
+  void advance(std::uint64_t bytes, const std::string& current);
+  [[nodiscard]] double seconds() const;
+
+ private:
+  std::string what_;
+  std::uint64_t total_, done_ = 0;
+  bool visible_;
+  std::chrono::steady_clock::time_point start_, last_;
+};
+
+}  // namespace lowrank::tool

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "lowrank/core/errors.hpp"
@@ -112,17 +113,41 @@ class ChristoffelBound {
     for (std::size_t i = 0; i < x_.size(); ++i) bound += std::exp(2 * (sum - logs_[i]) + log_scale_[i]);
     return bound;
   }
-  /// Whether λ_n < level is proven on [a, b]; gives up at once where λ_n itself is not below the level.
-  bool below(double a, double b, double level, int depth) {
-    if (inverse_lower(a, b) * level > 1) return true;
+  /// Whether λ_n(x) < level(x) is proven on [a, b] for a level that does not fall with x; gives up at once where λ_n
+  /// itself is not below the level.
+  template <class Level>
+  bool below(double a, double b, const Level& level, int depth) {
+    if (inverse_lower(a, b) * level(a) > 1) return true;
     const double middle = a + (b - a) / 2;
-    if (depth == 0 || !(middle > a && middle < b) || !(inverse_lower(middle, middle) * level > 1)) return false;
+    if (depth == 0 || !(middle > a && middle < b) || !(inverse_lower(middle, middle) * level(middle) > 1)) return false;
     return below(a, middle, level, depth - 1) && below(middle, b, level, depth - 1);
   }
 
  private:
   std::vector<double> x_, log_scale_, logs_;
 };
+
+}  // namespace detail
+
+namespace detail {
+
+/// Whether λ_n(x) < level(x) is proven for every x ≥ floor. The level must not fall with x.
+template <class Level>
+bool christoffel_below(const LanczosMeasure& m, double floor, const Level& level) {
+  const auto &x = m.nodes, &w = m.weights;
+  // At a node λ_n is the weight; beyond the outermost nodes it is less than theirs.
+  for (std::size_t j = 0; j < w.size(); ++j)
+    if (x[j] >= floor && !(w[j] < level(x[j]))) return false;
+  if (x.back() > floor && !(w.back() < level(floor))) return false;
+  const auto coarse = [&](std::size_t j) { return w[j] + w[j + 1] < level(std::max(x[j + 1], floor)); };
+  bool all = true;
+  for (std::size_t j = 0; j + 1 < w.size(); ++j) all = all && (x[j] < floor || coarse(j));
+  if (all) return true;
+  ChristoffelBound bound(m);
+  for (std::size_t j = 0; j + 1 < w.size(); ++j)
+    if (x[j] >= floor && !coarse(j) && !bound.below(std::max(x[j + 1], floor), x[j], level, 12)) return false;
+  return true;
+}
 
 }  // namespace detail
 
@@ -136,16 +161,7 @@ class ChristoffelBound {
 /// **Source** Chebyshev–Markov–Stieltjes inequalities and the extremal property: Szegő, Orthogonal Polynomials, §3.41;
 /// Nevai, J. Approx. Theory 48 (1986).
 inline bool no_atom_above(const LanczosMeasure& m, double level) {
-  const auto& w = m.weights;
-  for (const double x : w)
-    if (!(x < level)) return false;  // λ_n at the node is the weight
-  bool all = true;
-  for (std::size_t j = 0; j + 1 < w.size(); ++j) all = all && w[j] + w[j + 1] < level;
-  if (all) return true;
-  detail::ChristoffelBound bound(m);
-  for (std::size_t j = 0; j + 1 < w.size(); ++j)
-    if (!(w[j] + w[j + 1] < level) && !bound.below(m.nodes[j + 1], m.nodes[j], level, 12)) return false;
-  return true;
+  return detail::christoffel_below(m, -std::numeric_limits<double>::infinity(), [level](double) { return level; });
 }
 
 }  // namespace lowrank

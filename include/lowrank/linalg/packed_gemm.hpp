@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "lowrank/core/matrix.hpp"
 #include "lowrank/core/threads.hpp"
@@ -125,9 +126,10 @@ struct GemmScratch {
 };
 
 /// C = accumulate·C + α·P·Qᵀ for rows [i0, i1) and columns [j0, j1) of a row-major C, on the calling thread.
+/// `upper`: register tiles that lie wholly below C's diagonal are left out.
 template <class T, PanelSource<T> P, PanelSource<T> Q>
 void gemm_block(T alpha, const P& p, const Q& q, bool accumulate, MatrixView<T> c, Index i0, Index i1, Index j0,
-                Index j1) {
+                Index j1, bool upper = false) {
   constexpr int NR = kernel_cols<T>, NV = kernel_vectors<T>;
   const Index depth = p.depth(), ldc = c.row_stride();
   const Index blocks = std::max<Index>(1, (depth + block_depth<T> - 1) / block_depth<T>);
@@ -147,6 +149,7 @@ void gemm_block(T alpha, const P& p, const Q& q, bool accumulate, MatrixView<T> 
       for (Index jp = 0; jp < panels; ++jp)
         q.template pack<NR>(jc + jp * NR, std::min<Index>(NR, nc - jp * NR), k0, kc, scratch.q.data() + jp * NR * kc);
       for (Index ic = i0; ic < i1; ic += mc_max) {
+        if (upper && ic >= jc + nc) break;
         const Index mc = std::min(mc_max, i1 - ic);
         scratch.p.resize(mc * kc);
         pack_rows<T>(p, ic, mc, k0, kc, scratch.p.data());
@@ -154,6 +157,7 @@ void gemm_block(T alpha, const P& p, const Q& q, bool accumulate, MatrixView<T> 
           const T* qp = scratch.q.data() + jp * NR * kc;
           const Index cols = std::min<Index>(NR, nc - jp * NR);
           for (Index i = 0; i < mc;) {
+            if (upper && ic + i >= jc + jp * NR + cols) break;
             const int h = kernel_height(mc - i);
             const T* pp = scratch.p.data() + i * kc;
             T* out = c.data() + (ic + i) * ldc + jc + jp * NR;
@@ -191,6 +195,23 @@ void gemm_packed(T alpha, const P& p, const Q& q, bool accumulate, MatrixView<T>
                  std::min(m, row_panels * (t + 1) / of * kernel_rows), 0, n);
     });
   }
+}
+
+/// The upper triangle (i ≤ j) of C = accumulate·C + α·P·Qᵀ, C square; what lies below it becomes unspecified.
+///
+/// Half the work of gemm_packed: for Gram matrices and symmetric updates. Threads take columns of equal area.
+template <class T, PanelSource<T> P, PanelSource<T> Q>
+void gemm_packed_upper(T alpha, const P& p, const Q& q, bool accumulate, MatrixView<T> c) {
+  constexpr Index NR = kernel_cols<T>;
+  const Index n = c.cols(), panels = (n + NR - 1) / NR;
+  const double flops = double(n) * double(n) * double(p.depth());
+  const int threads = int(std::clamp(flops / 200e3, 1.0, double(std::min<Index>(max_threads(), panels))));
+  parallel_parts(threads, [&](int t, int of) {
+    const auto bound = [&](int k) {
+      return k == of ? n : Index(double(panels) * std::sqrt(double(k) / double(of))) * NR;
+    };
+    gemm_block(alpha, p, q, accumulate, c, 0, bound(t + 1), bound(t), bound(t + 1), true);
+  });
 }
 
 }  // namespace lowrank::detail

@@ -90,7 +90,10 @@ inline double factor_error(const StackedFactors& f, double left_norm, double rig
 inline SingularValues values_of_stacked(StackedFactors f) {
   const double left_norm = norm2(f.left.size(), f.left.data()), right_norm = norm2(f.right.size(), f.right.data());
   const Matrix<double> core = f.reduce(false);
-  SingularValues out{small_svd<double>(core.view()).S, factor_error(f, left_norm, right_norm), SpectrumMethod::factors};
+  SingularValues out;
+  out.values = small_svd<double>(core.view()).S;
+  out.absolute_error = factor_error(f, left_norm, right_norm);
+  out.method = SpectrumMethod::factors;
   for (double& s : out.values) s *= f.scale;
   return out;
 }

@@ -8,41 +8,12 @@
 #include "lowrank/linalg/bidiagonal.hpp"
 #include "lowrank/linalg/bidiagonal_qr.hpp"
 #include "lowrank/linalg/qr.hpp"
+#include "lowrank/linalg/scaling.hpp"
 #include "lowrank/linalg/svd_result.hpp"
 #include "lowrank/linalg/symmetric_eigen.hpp"
 
 namespace lowrank {
 namespace detail {
-
-/// The largest |element|; **throws** NonFiniteError naming the first element that is NaN or infinite.
-template <class S>
-double checked_max_abs(const char* where, const MatrixView<const S>& A) {
-  double largest = 0;
-  bool finite = true;
-  for_each_run(A, [&](const S* x, Index n) {
-    using F = std::conditional_t<std::same_as<S, double>, double, float>;
-    F high = 0, poison = 0;
-    for (Index i = 0; i < n; ++i) {
-      const F a = std::abs(F(x[i]));
-      high = std::max(high, a);
-      poison += F(x[i]) * F(0);
-    }
-    largest = std::max(largest, double(high));
-    finite = finite && poison == 0;
-  });
-  if (finite) return largest;
-  for (Index i = 0; i < A.rows(); ++i)
-    for (Index j = 0; j < A.cols(); ++j) {
-      const double x = double(A(i, j));
-      if (!std::isfinite(x)) throw NonFiniteError(text(where, ": element (", i, ", ", j, ") is ", x));
-    }
-  return largest;
-}
-
-/// The power of two that brings `largest` to [1, 2); 1 for zero. Scaling by it costs no bits.
-inline double unit_scale(double largest) {
-  return largest > 0 ? std::ldexp(1.0, std::clamp(-std::ilogb(largest), -1020, 1020)) : 1;
-}
 
 /// Rows of Z in the given order become the columns of a new matrix, `flip` negated.
 template <class T, class U>

@@ -2,9 +2,10 @@
 // Svd and SingularValues: what the singular value decompositions of the library return.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <vector>
 
-#include "lowrank/core/half.hpp"
 #include "lowrank/core/matrix.hpp"
 
 namespace lowrank {
@@ -25,7 +26,7 @@ struct Svd {
 enum class SpectrumMethod {
   gram,        ///< eigenvalues of the Gram matrix of the short side, in double
   bidiagonal,  ///< bidiagonalisation in double and implicit QR with Demmel & Kahan's criteria
-  lapack,      ///< LAPACK's dgesdd or sgesdd
+  lapack,      ///< LAPACK's dgesdd
   factors,     ///< QR of the two factors of a product
 };
 
@@ -33,7 +34,14 @@ enum class SpectrumMethod {
 struct SingularValues {
   std::vector<double> values;  ///< min(m, n) of them, descending
   double absolute_error = 0;   ///< every value is within this of the singular value it stands for
+  double squared_error = 0;    ///< method gram: every squared value is within this of the squared singular value
   SpectrumMethod method = SpectrumMethod::gram;
+
+  /// The error bound of values[i] alone: min(absolute_error, squared_error/σ_i), much smaller for large values.
+  [[nodiscard]] double error(Index i) const {
+    const double s = values[std::size_t(i)];
+    return method == SpectrumMethod::gram && s > 0 ? std::min(absolute_error, squared_error / s) : absolute_error;
+  }
 };
 
 }  // namespace lowrank

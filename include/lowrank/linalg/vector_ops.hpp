@@ -9,6 +9,22 @@
 
 namespace lowrank::detail {
 
+/// The sum of all lanes by halving the vector: log2(lanes) dependent additions instead of one a lane.
+template <class V>
+inline auto sum_pairwise(const V& v) {
+  constexpr int N = int(sizeof(V) / sizeof(v[0]));
+  if constexpr (N == 1) {
+    return v[0];
+  } else if constexpr (N == 2) {
+    return v[0] + v[1];
+  } else {
+    const auto halves = [&]<int... I>(std::integer_sequence<int, I...>) {
+      return __builtin_shufflevector(v, v, I...) + __builtin_shufflevector(v, v, (N / 2 + I)...);
+    };
+    return sum_pairwise(halves(std::make_integer_sequence<int, N / 2>{}));
+  }
+}
+
 /// Σ x_i·y_i in T, in an order that depends on n alone.
 template <class T>
 T dot(Index n, const T* x, const T* y) {
@@ -22,7 +38,7 @@ T dot(Index n, const T* x, const T* y) {
     d += load<Vec<T>>(x + i + 3 * L) * load<Vec<T>>(y + i + 3 * L);
   }
   for (; i + L <= n; i += L) a += load<Vec<T>>(x + i) * load<Vec<T>>(y + i);
-  T sum = sum_lanes<T>((a + b) + (c + d));
+  T sum = sum_pairwise((a + b) + (c + d));
   for (; i < n; ++i) sum += x[i] * y[i];
   return sum;
 }
@@ -51,7 +67,7 @@ double sum_of_squares(Index n, const T* x) {
       a += u * u;
       b += v * v;
     }
-    double sum = sum_lanes<double>(a + b);
+    double sum = sum_pairwise(a + b);
     for (; i < n; ++i) sum += double(x[i]) * double(x[i]);
     return sum;
   }

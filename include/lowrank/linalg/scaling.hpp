@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every decomposition does first: look for numbers that are none, and bring the others to around 1.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "lowrank/core/half.hpp"
+#include "lowrank/core/matrix_view.hpp"
+
+namespace lowrank::detail {
+
+/// The largest |element|; **throws** NonFiniteError naming the first element that is NaN or infinite.
+template <class S>
+double checked_max_abs(const char* where, const MatrixView<const S>& A) {
+  double largest = 0;
+  bool finite = true;
+  for_each_run(A, [&](const S* x, Index n) {
+    using F = std::conditional_t<std::same_as<S, double>, double, float>;
+    F high = 0, poison = 0;
+    for (Index i = 0; i < n; ++i) {
+      const F a = std::abs(F(x[i]));
+      high = std::max(high, a);
+      poison += F(x[i]) * F(0);
+    }
+    largest = std::max(largest, double(high));
+    finite = finite && poison == 0;
+  });
+  if (finite) return largest;
+  for (Index i = 0; i < A.rows(); ++i)
+    for (Index j = 0; j < A.cols(); ++j) {
+      const double x = double(A(i, j));
+      if (!std::isfinite(x)) throw NonFiniteError(text(where, ": element (", i, ", ", j, ") is ", x));
+    }
+  return largest;
+}
+
+/// The power of two that brings `largest` to [1, 2); 1 for zero. Scaling by it costs no bits.
+inline double unit_scale(double largest) {
+  return largest > 0 ? std::ldexp(1.0, std::clamp(-std::ilogb(largest), -1020, 1020)) : 1;
+}
+
+}  // namespace lowrank::detail

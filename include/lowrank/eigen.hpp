@@ -39,7 +39,7 @@ concept EigenInMemory = EigenDense<X> &&
 
 /// An Eigen expression (`A + B`, `A * B`, `A.cwiseAbs()`, ...): it has no elements until it is evaluated.
 template <class X>
-concept EigenExpressionToEvaluateFirst = EigenDense<std::remove_cvref_t<X>> && !EigenInMemory<std::remove_cvref_t<X>>;
+concept UnevaluatedEigen = EigenDense<std::remove_cvref_t<X>> && !EigenInMemory<std::remove_cvref_t<X>>;
 
 /// Plain objects own their elements. So may a Ref to const: Eigen lets it keep a copy of what did not fit.
 template <class X>
@@ -70,9 +70,9 @@ struct ViewTraits<X> {
 };
 
 /// An Eigen expression has no elements to look at. Evaluate it into a named matrix, then pass that.
-template <class X>
-requires detail::EigenExpressionToEvaluateFirst<X>
-void view_of(X&&) = delete;
+template <class ExpressionToEvaluateFirst>
+requires detail::UnevaluatedEigen<ExpressionToEvaluateFirst>
+void view_of(ExpressionToEvaluateFirst&&) = delete;
 
 /// Eigen's dynamic matrix of the given order; for a const T, that type made const, as Eigen::Map wants it.
 template <class T, Order order>

@@ -83,7 +83,7 @@ concept XtensorInMemoryType = XtensorKind<X>::in_memory && requires(const X& x) 
 
 /// An xtensor expression (`a + b`, a broadcast, a view of single elements, ...): no elements until it is evaluated.
 template <class X>
-concept XtensorExpressionToEvaluateFirst =
+concept UnevaluatedXtensor =
     xt::is_xexpression<std::remove_cvref_t<X>>::value && !XtensorInMemoryType<std::remove_cvref_t<X>>;
 
 /// Row count and strides of an N-D array read as a matrix whose columns are its last dimension.
@@ -150,9 +150,9 @@ struct ViewTraits<X> {
 };
 
 /// An xtensor expression has no elements to look at. Evaluate it into a named container, then pass that.
-template <class X>
-requires detail::XtensorExpressionToEvaluateFirst<X>
-void view_of(X&&) = delete;
+template <class ExpressionToEvaluateFirst>
+requires detail::UnevaluatedXtensor<ExpressionToEvaluateFirst>
+void view_of(ExpressionToEvaluateFirst&&) = delete;
 
 /// A view as a two-dimensional xtensor adaptor with the view's strides.
 /// **Cost** O(1), no copy (xtensor's shape bookkeeping aside).

@@ -61,9 +61,9 @@ constexpr auto view_of(X&& x) {
 }
 
 /// An owning temporary passed as a view. Name the matrix, then pass it.
-template <class X>
-requires detail::is_owning_temporary<X>
-void view_of(X&&) = delete;
+template <class TemporaryToNameFirst>
+requires detail::is_owning_temporary<TemporaryToNameFirst>
+void view_of(TemporaryToNameFirst&&) = delete;
 
 /// The view of a raw buffer: rows × cols elements, rows (row-major) or columns (column-major) contiguous, consecutive
 /// ones `leading_dimension` apart (0: without gaps).

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+// Noise floors against published constants, quadrature, and matrices of noise.
+#include "lowrank/spectrum/noise.hpp"
+
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <numbers>
+#include <vector>
+
+#include "lowrank/core/matrix.hpp"
+#include "lowrank/core/rng.hpp"
+#include "lowrank/spectrum/rounding.hpp"
+#include "support/oracle.hpp"
+
+using namespace lowrank;
+
+TEST_CASE("the rank of pure noise, to the digits published") {
+  CHECK(double(noise_metrics(4096, 4096).energy_rank_90) / 4096 == doctest::Approx(.510).epsilon(.001));
+  CHECK(double(noise_metrics(4096, 11008).energy_rank_90) / 4096 == doctest::Approx(.712).epsilon(.001));
+  CHECK(double(noise_metrics(4096, 32000).energy_rank_90) / 4096 == doctest::Approx(.814).epsilon(.001));
+  CHECK(MarchenkoPastur(1).energy_rank_share(.9) == doctest::Approx(.510).epsilon(.001));
+  CHECK(MarchenkoPastur::of_shape(4096, 11008).energy_rank_share(.9) == doctest::Approx(.712).epsilon(.001));
+}
+
+TEST_CASE("Gavish and Donoho's coefficients") {
+  CHECK(gavish_donoho_lambda(1) == doctest::Approx(4 / std::numbers::sqrt3).epsilon(1e-14));
+  CHECK(gavish_donoho_omega(1) == doctest::Approx(2.858).epsilon(2e-4));
+  // Table IV of arXiv 1305.5870, whose own quadrature is good to about 7e-4.
+  const std::pair<double, double> table[] = {{.05, 1.5194}, {.1, 1.6089}, {.25, 1.8371}, {.5, 2.1711},
+                                             {.75, 2.5011}, {.9, 2.7099}, {1, 2.8582}};
+  for (const auto& [beta, omega] : table) CHECK(std::abs(gavish_donoho_omega(beta) - omega) < 7.5e-4);
+  // Their approximation, 0.56β³ − 0.95β² + 1.82β + 1.43, which they state to be within 0.02.
+  for (double b = 0.01; b <= 1; b += 0.03)
+    CHECK(std::abs(gavish_donoho_omega(b) - (0.56 * b * b * b - 0.95 * b * b + 1.82 * b + 1.43)) < 0.02);
+}
+
+TEST_CASE("the closed-form law is the integral of its density") {
+  for (const double beta : {.02, .37, .9, 1.0}) {
+    const MarchenkoPastur law(beta);
+    for (const double share : {.1, .5, .8, .99}) {
+      const double x = law.lower_edge() + share * (law.upper_edge() - law.lower_edge());
+      // Substituting x = middle + half-width·sin t removes both square-root edges; Simpson does the rest.
+      const double half = (law.upper_edge() - law.lower_edge()) / 2, mid = law.lower_edge() + half;
+      const double a = std::asin((x - mid) / half), b = std::numbers::pi / 2;
+      double count = 0, energy = 0;
+      const int n = 4000;
+      for (int i = 0; i <= n; ++i) {
+        const double t = a + (b - a) * i / n, y = mid + half * std::sin(t), w = i == 0 || i == n ? 1 : i % 2 ? 4 : 2;
+        const double f = law.density(y) * half * std::cos(t) * w * (b - a) / n / 3;
+        count += f;
+        energy += f * y;
+      }
+      CHECK(1 - law.cdf(x) == doctest::Approx(count).epsilon(1e-8));
+      CHECK(law.energy_above(x) == doctest::Approx(energy).epsilon(1e-8));
+      CHECK(law.quantile(law.cdf(x)) == doctest::Approx(x).epsilon(1e-10));
+    }
+    CHECK(law.cdf(law.lower_edge()) < 1e-14);
+    CHECK(law.cdf(law.upper_edge()) == 1);
+    CHECK(law.quantile(0) == doctest::Approx(law.lower_edge()));
+    CHECK(law.quantile(1) == doctest::Approx(law.upper_edge()));
+  }
+  CHECK_THROWS_AS(MarchenkoPastur(0), ArgumentError);
+  CHECK_THROWS_AS(MarchenkoPastur(1.01), ArgumentError);
+  CHECK_THROWS_AS((void)MarchenkoPastur(.5).quantile(-.1), ArgumentError);
+  CHECK_THROWS_AS(MarchenkoPastur::of_shape(0, 4), ShapeError);
+}
+
+TEST_CASE("matrices of noise show what their null predicts") {
+  for (const auto& [m, n] : {std::pair<Index, Index>{40, 40}, {32, 96}, {150, 60}}) {
+    CAPTURE(m);
+    CAPTURE(n);
+    const double std = 0.3;
+    const auto null = noise_metrics(m, n, std);
+    const int draws = 24;
+    double rank = 0, effective = 0, participation = 0, top = 0, nuclear = 0;
+    for (int d = 0; d < draws; ++d) {
+      Matrix<double> W(m, n);
+      CounterRng(100 + std::uint64_t(d)).fill_normal(W.view(), 0, std);
+      const auto r = spectrum_metrics(lowrank_test::oracle_singular_values(W), m, n);
+      rank += double(r.energy_rank_90) / draws;
+      effective += r.effective_rank / draws;
+      participation += r.participation_ratio / draws;
+      top += r.spectral_norm / draws;
+      nuclear += r.nuclear_norm / draws;
+    }
+    const double N = double(std::min(m, n));
+    CHECK(std::abs(rank - double(null.energy_rank_90)) <= 1);
+    CHECK(std::abs(effective / null.effective_rank - 1) < 1 / N);
+    CHECK(std::abs(participation / null.participation_ratio - 1) < 1 / N);
+    CHECK(std::abs(nuclear / null.nuclear_norm - 1) < 1 / N);
+    // The mean over 24 draws of a Tracy–Widom variable (standard deviation 1.27) leaves 3·1.27/√24 of its unit.
+    const double unit = noise_spectral_norm(m, n, std, 1) - noise_spectral_norm(m, n, std, 0);
+    CHECK(std::abs(top - null.spectral_norm) < 0.78 * unit + 0.01 * null.spectral_norm);
+    CHECK(null.spectral_norm < noise_edge(m, n, std));
+    CHECK(noise_spectral_norm(m, n, std, tracy_widom_99) > noise_edge(m, n, std));
+  }
+}
+
+TEST_CASE("the noise level under a low-rank signal is found again") {
+  const Index m = 120, n = 200;
+  Matrix<double> W(m, n);
+  CounterRng(7).fill_normal(W.view(), 0, 0.05);
+  for (Index i = 0; i < m; ++i)
+    for (Index j = 0; j < n; ++j)
+      for (std::uint64_t k = 0; k < 3; ++k)
+        W(i, j) += 0.15 * CounterRng(8, k).normal(std::uint64_t(i)) * CounterRng(9, k).normal(std::uint64_t(j));
+  const auto e = estimate_noise(lowrank_test::oracle_singular_values(W), m, n);
+  CHECK(e.std == doctest::Approx(0.05).epsilon(0.05));
+  CHECK(e.optimal_rank == 3);
+  CHECK(e.above_edge >= 3);
+  CHECK(e.threshold > e.edge);
+  const std::vector<double> few{2, 1};
+  CHECK_THROWS_AS(estimate_noise(few, 3, 4), ShapeError);
+}
+
+TEST_CASE("rounding to bf16 and f16 has the size predicted, and its spectrum stays below the edge") {
+  const auto check = [](auto tag) {
+    using S = decltype(tag);
+    const Index m = 96, n = 160;
+    Matrix<float> W(m, n);
+    CounterRng(11).fill_normal(W.view(), 0, 0.02);
+    Matrix<double> error(m, n);
+    double sum = 0;
+    for (Index i = 0; i < m; ++i)
+      for (Index j = 0; j < n; ++j) {
+        error(i, j) = double(float(S(W(i, j)))) - double(W(i, j));
+        sum += error(i, j) * error(i, j);
+      }
+    const double measured = std::sqrt(sum / double(m * n)), top = lowrank_test::oracle_singular_values(error)[0];
+    const auto exact = rounding_noise<S>(MatrixView<const float>(W.view()), false);
+    const auto rough = rounding_noise<S>(m, n, 0.02, false);
+    // mn squares of uniform errors of varying size: their sum scatters by about 1/√(mn)
+    CHECK(exact.std == doctest::Approx(measured).epsilon(0.03));
+    CHECK(rough.std == doctest::Approx(measured).epsilon(0.03));
+    CHECK(top <= exact.edge);
+    CHECK(top > 0.8 * rough.edge);
+    CHECK(rounding_noise<S>(MatrixView<const float>(W.view()), true).edge ==
+          doctest::Approx(exact.edge * std::sqrt(2.0)));
+    // The transposed view is the same matrix.
+    CHECK(rounding_noise<S>(MatrixView<const float>(W.view()).transposed(), false).edge == doctest::Approx(exact.edge));
+    W(3, 5) = NAN;
+    CHECK_THROWS_WITH_AS(rounding_noise<S>(MatrixView<const float>(W.view()), false),
+                         "rounding_noise: W holds a value that is not finite, in row 3, column 5", NonFiniteError);
+  };
+  check(bf16{});
+  check(f16{});
+  CHECK(rounding_noise<bf16>(1, 1, 1.0, false).std == doctest::Approx(1.66e-3).epsilon(1e-3));
+  CHECK(rounding_noise<bf16>(MatrixView<const float>(), false).edge == 0);
+}
+
+TEST_CASE("awkward shapes and arguments") {
+  CHECK(noise_metrics(1, 50, 2).energy_rank_90 == 1);
+  CHECK(noise_metrics(1, 50, 2).spectral_norm == doctest::Approx(2 * std::sqrt(50.0)).epsilon(0.02));
+  CHECK(noise_metrics(50, 1).numerical_rank == 1);
+  CHECK(noise_metrics(6, 6, 0).frobenius_norm == 0);
+  CHECK_THROWS_AS(noise_edge(0, 4, 1), ShapeError);
+  CHECK_THROWS_AS(noise_spectrum(3, 4, -1), ArgumentError);
+  CHECK_THROWS_AS(noise_metrics(3, 4, NAN), ArgumentError);
+  CHECK_THROWS_AS(gavish_donoho_lambda(0), ArgumentError);
+}

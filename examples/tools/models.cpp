@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+// Modules, targets and adapters of checkpoints.
+#include "models.hpp"
+
+#include <array>
+#include <filesystem>
+#include <set>
+
+namespace lowrank::tool {
+namespace fs = std::filesystem;
+
+Modules::Modules(const io::Checkpoint& checkpoint) {
+  static constexpr std::array<std::string_view, 8> embeddings{
+      "embed_tokens",         "wte", "wpe", "word_embeddings", "embed_in", "tok_embeddings", "position_embeddings",
+      "token_type_embeddings"};
+  checkpoint.for_each([&](const io::TensorView& t) {
+    constexpr std::string_view suffix = ".weight";
+    if (!t.name().ends_with(suffix) || t.name().size() == suffix.size()) return;
+    ModuleInfo info;
+    info.name = t.name().substr(0, t.name().size() - suffix.size());
+    const auto& shape = t.shape();
+    info.kind = ModuleKind::other;
+    if (io::is_convertible_float(t.dtype()) && shape.size() == 2)
+      info.kind = lowrank::detail::is_one_of(lowrank::detail::last_component(info.name), embeddings)
+                      ? ModuleKind::embedding
+                      : ModuleKind::linear;
+    else if (io::is_convertible_float(t.dtype()) && shape.size() == 4)
+      info.kind = ModuleKind::conv;
+    if (shape.size() == 2) {
+      info.rows = t.rows();
+      info.cols = t.cols();
+    }
+    infos.push_back(std::move(info));
+    weights.push_back(t);
+  });
+}
+
+std::optional<std::size_t> Modules::find(std::string_view name) const {
+  for (std::size_t i = 0; i < infos.size(); ++i)
+    if (infos[i].name == name) return i;
+  return std::nullopt;
+}
+
+void TargetArguments::add_to(CLI::App* sub) {
+  sub->add_option(
+         "--targets", targets,
+         "attention, mlp, all-linear, all; or names separated by commas; or one regular expression over whole names")
+      ->capture_default_str();
+  sub->add_option("--exclude", exclude, "Names or one expression to leave out");
+  sub->add_option("--layers", layers, "Only these layers")->delimiter(',');
+}
+
+TargetSelection TargetArguments::select(const Modules& modules) const {
+  return select_targets(modules.infos, {.targets = targets, .exclude = exclude, .layers_to_transform = layers});
+}
+
+std::vector<std::string> target_list(const Modules& modules, const std::vector<std::size_t>& selected) {
+  std::set<std::string> suffixes, names;
+  for (const std::size_t i : selected) {
+    suffixes.emplace(lowrank::detail::last_component(modules.infos[i].name));
+    names.insert(modules.infos[i].name);
+  }
+  bool exact = true;
+  for (const ModuleInfo& m : modules.infos)
+    if (!names.contains(m.name) && suffixes.contains(std::string(lowrank::detail::last_component(m.name))))
+      exact = false;
+  const auto& chosen = exact ? suffixes : names;
+  return {chosen.begin(), chosen.end()};
+}
+
+LoraFactors<float> to_float(LoraFactors<double>&& f) {
+  LoraFactors<float> out;
+  out.A = Matrix<float>(f.A.view());
+  out.B = Matrix<float>(f.B.view());
+  out.scale = float(f.scale);
+  return out;
+}
+
+io::Dtype factor_dtype(const std::string& name) {
+  return name == "bf16" ? io::Dtype::BF16 : name == "f16" ? io::Dtype::F16 : io::Dtype::F32;
+}
+
+void round_factors(LoraFactors<float>& f, io::Dtype dtype) {
+  for (Matrix<float>* m : {&f.A, &f.B})
+    for (Index i = 0; i < m->size(); ++i) {
+      float& x = m->data()[i];
+      x = dtype == io::Dtype::BF16 ? float(bf16(x)) : dtype == io::Dtype::F16 ? float(f16(x)) : x;
+    }
+}
+
+std::vector<std::size_t> match_adapter(const std::string& path, const io::PeftAdapter& adapter, const Modules& modules,
+                                       std::string& summary) {
+  std::vector<std::size_t> where;
+  std::vector<std::string> lost;
+  for (const io::AdapterModule& m : adapter.modules) {
+    const auto at = modules.find(m.name);
+    if (!at) {
+      lost.push_back(m.name + " (no such weight)");
+      continue;
+    }
+    const ModuleInfo& info = modules.infos[*at];
+    Index out = m.factors.out_features(), in = m.factors.in_features();
+    if (adapter.config.fan_in_fan_out != (m.kind == ModuleKind::embedding)) std::swap(out, in);  // stored transposed
+    if (m.kind != ModuleKind::conv && (info.rows != out || info.cols != in)) {
+      lost.push_back(m.name + " (weight is " + lowrank::detail::shape_text(info.rows, info.cols) + ", adapter " +
+                     lowrank::detail::shape_text(out, in) + ")");
+      continue;
+    }
+    where.push_back(*at);
+  }
+  summary = lowrank::detail::text(where.size(), " of ", adapter.modules.size(), " adapter modules match the base");
+  if (!lost.empty()) {
+    std::string list;
+    for (std::size_t i = 0; i < std::min<std::size_t>(lost.size(), 8); ++i) list += (i > 0 ? ", " : "") + lost[i];
+    if (lost.size() > 8) list += lowrank::detail::text(", and ", lost.size() - 8, " more");
+    throw IoError(path, lowrank::detail::text("does not fit the base: ", summary, "; unmatched: ", list));
+  }
+  return where;
+}
+
+void expect_different(const std::string& input, const std::string& output) {
+  std::error_code failed;
+  if (fs::equivalent(input, output, failed) && !failed) throw IoError(output, "is both input and output");
+}
+
+void copy_model_files(const std::string& checkpoint, const std::string& directory) {
+  std::error_code ignored;
+  if (!fs::is_directory(checkpoint, ignored)) return;
+  for (const char* name : {"config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
+                           "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"}) {
+    const fs::path from = fs::path(checkpoint) / name;
+    if (fs::is_regular_file(from, ignored))
+      io::write_text((fs::path(directory) / name).string(), io::read_text(from.string()));
+  }
+}
+
+std::string number(double x) {
+  char buffer[32];
+  std::snprintf(buffer, sizeof buffer, "%.4g", x);
+  return buffer;
+}
+
+}  // namespace lowrank::tool

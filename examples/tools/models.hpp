@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the subcommands that work on checkpoints share: modules and targets, weights of any stored type, adapters that
+// must fit a base.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "lowrank/io/checkpoint.hpp"
+#include "lowrank/io/peft.hpp"
+#include "lowrank/model/targets.hpp"
+#include "tool.hpp"
+
+namespace lowrank::tool {
+
+/// The modules of a checkpoint: tensors named "<module>.weight". Matrices are linear layers or embeddings, tensors of
+/// four dimensions convolutions, everything else carries no adapter.
+struct Modules {
+  std::vector<ModuleInfo> infos;
+  std::vector<io::TensorView> weights;  ///< weights[i] belongs to infos[i]
+
+  explicit Modules(const io::Checkpoint& checkpoint);
+  [[nodiscard]] std::optional<std::size_t> find(std::string_view name) const;
+};
+
+/// --targets, --exclude, --layers.
+struct TargetArguments {
+  std::string targets = "all-linear", exclude;
+  std::vector<Index> layers;
+  void add_to(CLI::App* sub);
+  [[nodiscard]] TargetSelection select(const Modules& modules) const;
+};
+
+/// What to write as target_modules so that PEFT adapts exactly the selected modules: the shortest suffixes if they
+/// select nothing else, otherwise the full names.
+std::vector<std::string> target_list(const Modules& modules, const std::vector<std::size_t>& selected);
+
+/// Calls f with the weight as stored, MatrixView<const S> for S in float, double, bf16, f16: in place where its
+/// alignment allows, copied otherwise. Throws IoError for other types.
+template <class F>
+auto with_weight(const io::TensorView& t, F&& f) {
+  const auto as = [&]<class S>(S) {
+    if (reinterpret_cast<std::uintptr_t>(t.bytes().data()) % alignof(S) == 0)
+      return f(t.size() == 0 ? MatrixView<const S>(nullptr, t.rows(), t.cols(), std::max<Index>(1, t.cols()), 1)
+                             : t.view<S>());
+    Matrix<S> copy;
+    copy.resize(t.rows(), t.cols());
+    std::memcpy(copy.data(), t.bytes().data(), t.bytes().size());
+    return f(MatrixView<const S>(copy.view()));
+  };
+  switch (t.dtype()) {
+    case io::Dtype::F32:
+      return as(float{});
+    case io::Dtype::F64:
+      return as(double{});
+    case io::Dtype::BF16:
+      return as(bf16{});
+    case io::Dtype::F16:
+      return as(f16{});
+    default:
+      t.fail(lowrank::detail::text("is stored as ", io::dtype_name(t.dtype()), "; F32, F64, BF16 and F16 can be used"));
+  }
+}
+
+/// Factors as the adapter files keep them.
+LoraFactors<float> to_float(LoraFactors<double>&& f);
+inline LoraFactors<float> to_float(LoraFactors<float>&& f) { return std::move(f); }
+
+/// "f32", "bf16", "f16" of an option.
+io::Dtype factor_dtype(const std::string& name);
+/// Rounds the factors to the type they will be stored in.
+void round_factors(LoraFactors<float>& f, io::Dtype dtype);
+
+/// For every module of the adapter, the index of the weight it belongs to. Throws IoError listing modules without a
+/// weight of the right shape; `summary` receives "N of M modules of the adapter applied".
+std::vector<std::size_t> match_adapter(const std::string& path, const io::PeftAdapter& adapter, const Modules& modules,
+                                       std::string& summary);
+
+/// Throws IoError when two paths are the same place, whatever they are spelt.
+void expect_different(const std::string& input, const std::string& output);
+
+/// Copies the small files that make a directory a model (config.json, the tokenizer), where they exist.
+void copy_model_files(const std::string& checkpoint, const std::string& directory);
+
+/// "%.4g".
+std::string number(double x);
+
+}  // namespace lowrank::tool

@@ -56,7 +56,8 @@ std::vector<T> checked_bias(const char* where, std::vector<T> bias, Index out) {
 /// activations and gradients in whatever the caller's loop has. One layer may be used by several forward passes at a
 /// time, each with its own workspace.
 ///
-///     LoraLinear<float> layer(DenseBase<float>(view_of(W)), kaiming<float>(out, in, {.rank = 16, .alpha = 32}));
+///     LoraLinear<float> layer(DenseBase<float>(view_of(W)),
+///                             kaiming<float>(out, in, {.rank = 16, .alpha = 32}).factors);
 ///     LoraWorkspace<float> ws;
 ///     layer.forward(X, Y, ws);            // Y tokens×out
 ///     layer.backward(X, G, ws, dX);       // adds to layer.parameters().gradients()

@@ -1,0 +1,17 @@
+# Our warnings, optimisation and sanitizers are ours: a user's target gets include paths, C++20 and libraries, no flags.
+# Nor do our tests, examples and build type come along.
+foreach(target lowrank::lowrank lowrank::io lowrank::xtensor)
+  if(TARGET ${target})
+    foreach(property COMPILE_OPTIONS LINK_OPTIONS COMPILE_DEFINITIONS)
+      get_target_property(value ${target} INTERFACE_${property})
+      if(value)
+        message(FATAL_ERROR "${target} has INTERFACE_${property} ${value}")
+      endif()
+    endforeach()
+  endif()
+endforeach()
+foreach(target test_core example_quickstart)
+  if(TARGET ${target})
+    message(FATAL_ERROR "${target} came along with the library")
+  endif()
+endforeach()

@@ -1,0 +1,51 @@
+# cmake -DROOT=... -DKIND=find_package|fetch_content|add_subdirectory|plain -DWORK=... -P consume.cmake
+cmake_minimum_required(VERSION 3.20)
+set(dir ${WORK}/${KIND})
+file(REMOVE_RECURSE ${dir})
+file(MAKE_DIRECTORY ${dir})
+
+function(run)
+  execute_process(COMMAND ${ARGN} WORKING_DIRECTORY ${dir} RESULT_VARIABLE status OUTPUT_VARIABLE output
+                  ERROR_VARIABLE output)
+  if(NOT status EQUAL 0)
+    list(JOIN ARGN " " command)
+    message(FATAL_ERROR "${command}\nfailed (${status}):\n${output}")
+  endif()
+  set(output "${output}" PARENT_SCOPE)
+endfunction()
+
+set(configure ${CMAKE_COMMAND} -G ${GENERATOR} -DCMAKE_MAKE_PROGRAM=${MAKE_PROGRAM} -DCMAKE_CXX_COMPILER=${COMPILER}
+              -DCMAKE_BUILD_TYPE=Debug)  # the optimised build is what every other test does
+if(KIND STREQUAL "plain")
+  # No CMake, no Eigen, no OpenMP, no optimisation: the include path is all there is to it.
+  run(${COMPILER} -std=c++20 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion -Werror
+      -I${ROOT}/include ${ROOT}/tests/consumers/main.cpp ${ROOT}/tests/consumers/other.cpp -o ${dir}/plain)
+  run(${dir}/plain)
+  message("${output}")
+  return()
+endif()
+
+if(KIND STREQUAL "find_package")
+  run(${configure} -S ${ROOT} -B ${dir}/library -DLOWRANK_BUILD_TESTS=OFF -DLOWRANK_BUILD_EXAMPLES=OFF)
+  run(${CMAKE_COMMAND} --install ${dir}/library --prefix ${dir}/first)
+  # Nothing installed may point back: neither to the tree nor to where it was installed first.
+  file(GLOB_RECURSE installed ${dir}/first/*.cmake)
+  foreach(file IN LISTS installed)
+    file(READ ${file} text)
+    foreach(path ${ROOT}/ ${dir}/)
+      string(FIND "${text}" "${path}" at)
+      if(NOT at EQUAL -1)
+        message(FATAL_ERROR "${file} mentions ${path}")
+      endif()
+    endforeach()
+  endforeach()
+  file(RENAME ${dir}/first ${dir}/moved)
+endif()
+run(${configure} -S ${ROOT}/tests/consumers/${KIND} -B ${dir}/build -DLOWRANK_ROOT=${ROOT}
+    -DCMAKE_PREFIX_PATH=${dir}/moved)
+run(${CMAKE_COMMAND} --build ${dir}/build)
+run(${dir}/build/consumer)
+message("${output}")
+if(EXISTS ${dir}/build/consumer_parts)
+  run(${dir}/build/consumer_parts)
+endif()

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// The optional parts, each through its own target.
+#include "lowrank/eigen.hpp"
+#ifdef WITH_IO
+#include "lowrank/io/safetensors.hpp"
+#endif
+#ifdef WITH_XTENSOR
+#include "lowrank/xtensor.hpp"
+#endif
+
+int main() {
+  Eigen::MatrixXf m = Eigen::MatrixXf::Ones(3, 4);
+  bool ok = lowrank::view_of(m).data() == m.data();
+#ifdef WITH_XTENSOR
+  xt::xtensor<float, 3> x = xt::xtensor<float, 3>::from_shape({2, 3, 4});
+  ok = ok && lowrank::view_of(x).rows() == 6;
+#endif
+  return ok ? 0 : 1;
+}

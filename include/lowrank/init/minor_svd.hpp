@@ -136,13 +136,19 @@ bool minor_by_inverse(MatrixView<const S> A, Index rank, double tolerance, std::
   for (Index i = 0; i < n; ++i)
     if (std::abs(R(i, i)) < least) R(i, i) = least;
 
-  // R⁻¹ = X·diag(1/σ)·Yᵀ, so R = Y·diag(σ)·Xᵀ.
-  const auto inverse =
-      truncated_svd<T>(TriangularInverse<T>(R.view()), rank,
-                       {.energy_tolerance = 0, .residual_tolerance = tolerance, .max_passes = 200, .seed = seed});
+  // R⁻¹ = X·diag(1/σ)·Yᵀ, so R = Y·diag(σ)·Xᵀ. The Krylov method leaves errors relative to 1/σ_min, the largest value
+  // it sees. One more solve from either side damps what sticks out of the subspaces by σ/σ₁, down to rounding.
+  const TriangularInverse<T> solver(R.view());
+  const auto inverse = truncated_svd<T>(
+      solver, rank, {.energy_tolerance = 0, .residual_tolerance = tolerance, .max_passes = 200, .seed = seed});
+  Matrix<T> left(n, rank), right(n, rank);
+  solver.apply_adjoint(inverse.U.view(), left.view());
+  orthonormalize(left.view());
+  solver.apply(left.view(), right.view());
+  orthonormalize(right.view());
   Svd<T> trial;
-  trial.U = multiply<T>(Q.view(), inverse.V.view());
-  trial.V = inverse.U;
+  trial.U = multiply<T>(Q.view(), left.view());
+  trial.V = std::move(right);
   // One Rayleigh–Ritz step on A itself puts the values and the pairing right to rounding of A.
   Matrix<T> AV(A.rows(), rank);
   product<T, S, T>(T(1), A, trial.V.view().transposed(), false, AV.view());
@@ -172,16 +178,27 @@ bool minor_by_inverse(MatrixView<const S> A, Index rank, double tolerance, std::
 /// below eps·σ₁ the direction is that of rounding.
 /// **Source** inverse iteration in the form of Golub and Van Loan, Matrix Computations, §8.2; Rayleigh–Ritz on A.
 template <MatrixLike X>
-auto minor_svd(X&& matrix, Index rank, const MinorSvdOptions& options = {}) {
+MinorSvd<arithmetic_of<scalar_of<X>>> minor_svd(X&& matrix, Index rank, const MinorSvdOptions& options = {}) {
   using S = scalar_of<X>;
   using T = arithmetic_of<S>;
   const MatrixView<const S> A = view_of(matrix);
   detail::check_rank("minor_svd", rank, A.rows(), A.cols());
-  detail::expect_finite("minor_svd", "A", A);
+  const double largest = detail::checked_max_abs("minor_svd", A);
   const double tolerance = options.tolerance == 0 ? 100 * double(std::numeric_limits<T>::epsilon()) : options.tolerance;
   if (!(tolerance > 0) || !std::isfinite(tolerance))
     throw ArgumentError(
         detail::text("minor_svd: the tolerance must be finite and not negative, got ", options.tolerance));
+  if (largest > 1e12 || (largest > 0 && largest < 1e-12)) {  // squares would leave the range of float
+    const double scale = detail::unit_scale(largest);
+    Matrix<T> scaled(A);
+    detail::for_each_run(scaled.view(), [&](T* x, Index n) {
+      for (Index i = 0; i < n; ++i) x[i] = T(double(x[i]) * scale);
+    });
+    MinorSvd<T> out = minor_svd(scaled, rank, options);
+    for (T& s : out.S) s = T(double(s) / scale);
+    for (double& r : out.residuals) r /= scale;
+    return out;
+  }
   if (options.full || std::min(A.rows(), A.cols()) < 128 || 4 * rank > std::min(A.rows(), A.cols()))
     return detail::minor_by_full_svd<T, S>(A, rank);
   MinorSvd<T> out;

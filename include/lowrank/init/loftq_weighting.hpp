@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// Errors weighted by the activations: ‖E·L‖_F with C = L·Lᵀ the covariance of a layer's inputs.
+#pragma once
+
+#include <cmath>
+
+#include "lowrank/init/residual.hpp"
+#include "lowrank/linalg/vector_ops.hpp"
+
+namespace lowrank::detail {
+
+/// The Cholesky factor of a damped covariance, n×n lower triangular, in double.
+class ActivationWeight {
+ public:
+  ActivationWeight() = default;
+
+  /// Factors C + damping·mean(diag C)·I. Throws ShapeError unless n×n; ArgumentError unless it is symmetric and
+  /// positive definite after damping.
+  template <class T>
+  ActivationWeight(const char* where, MatrixView<const T> C, Index n, double damping) {
+    expect_shape(where, "the covariance", C.rows(), C.cols(), n, n);
+    expect_finite(where, "the covariance", C);
+    if (!(damping >= 0) || !std::isfinite(damping))
+      throw ArgumentError(text(where, ": damping must be finite and not negative, got ", damping));
+    double mean = 0;
+    for (Index i = 0; i < n; ++i) mean += double(C(i, i)) / double(n);
+    L_ = Matrix<double>(n, n);
+    for (Index i = 0; i < n; ++i)
+      for (Index j = 0; j <= i; ++j) {
+        const double a = double(C(i, j)), b = double(C(j, i));
+        if (std::abs(a - b) > 1e-4 * std::sqrt(std::abs(double(C(i, i)) * double(C(j, j)))))
+          throw ArgumentError(
+              text(where, ": the covariance must be symmetric, got ", a, " and ", b, " at (", i, ", ", j, ")"));
+        L_(i, j) = (a + b) / 2;
+      }
+    for (Index i = 0; i < n; ++i) {
+      L_(i, i) += damping * mean;
+      for (Index j = 0; j < i; ++j) L_(i, j) = (L_(i, j) - dot(j, &L_(i, 0), &L_(j, 0))) / L_(j, j);
+      const double pivot = L_(i, i) - sum_of_squares(i, &L_(i, 0));
+      if (!(pivot > 0))
+        throw ArgumentError(
+            text(where, ": the covariance must be positive definite, pivot ", i, " is ", pivot, "; raise damping"));
+      L_(i, i) = std::sqrt(pivot);
+    }
+  }
+
+  [[nodiscard]] bool empty() const noexcept { return L_.empty(); }
+
+  /// E·L into `out`, E m×n.
+  template <class T>
+  void apply(MatrixView<const T> E, MatrixView<T> out) const {
+    if constexpr (std::same_as<T, double>) {
+      gemm(1.0, E, L_.view(), out);
+    } else {
+      if (narrow_.empty()) narrow_ = Matrix<float>(L_.view());
+      gemm(1.0F, E, std::as_const(narrow_).view(), out);
+    }
+  }
+  /// Rows a of A, r×n, replaced by a·L⁻¹: with V of the SVD of E·L, A = √S·Vᵀ·L⁻¹.
+  template <class T>
+  void solve_rows(MatrixView<T> A) const {
+    const Index n = L_.rows();
+    parallel_ranges(A.rows(), 1, [&](Index i0, Index i1) {
+      std::vector<double> x(std::size_t(n));
+      for (Index i = i0; i < i1; ++i) {
+        for (Index j = 0; j < n; ++j) x[std::size_t(j)] = double(A(i, j));
+        for (Index j = n - 1; j >= 0; --j) {  // x·L = a from the last column back
+          x[std::size_t(j)] /= L_(j, j);
+          axpy(j, -x[std::size_t(j)], &L_(j, 0), x.data());
+        }
+        for (Index j = 0; j < n; ++j) A(i, j) = T(x[std::size_t(j)]);
+      }
+    });
+  }
+
+ private:
+  Matrix<double> L_;
+  mutable Matrix<float> narrow_;
+};
+
+}  // namespace lowrank::detail

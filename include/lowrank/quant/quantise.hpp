@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+// quantise: a dense weight to codes and scales, block by block on all threads.
+#pragma once
+
+#include "lowrank/quant/quantized_matrix.hpp"
+
+namespace lowrank {
+namespace detail {
+
+/// Quantises W into a QuantizedMatrix of its shape.
+template <class T, class S>
+class Quantiser {
+ public:
+  Quantiser(QuantizedMatrix<T>& q, MatrixView<const S> W) : q_(q), W_(W), layout_(q.layout_), encoder_(q.codebook()) {}
+
+  void run() {
+    const Index blocks = layout_.block_count();
+    scales_.resize(std::size_t(blocks));
+    if (q_.is_affine()) q_.zeros_.resize(std::size_t(blocks));
+    const Index grain = std::max<Index>(1, 16384 / layout_.block_size);
+    parallel_ranges(blocks, grain, [&](Index b0, Index b1) {
+      Buffer<float> staged(layout_.block_size);
+      for (Index b = b0; b < b1; ++b) encode(b, staged.data());
+    });
+    if (const Index bad = first_bad_.load(); bad < blocks) report(bad);
+    q_.set_scales(scales_);
+  }
+
+ private:
+  void encode(Index b, float* staged) {
+    const auto block = layout_.block(b);
+    const float* x = elements(block, staged);
+    const Index n = block.length;
+    std::uint8_t* out = q_.codes_.data() + block.byte;
+    const std::uint32_t magnitude = largest_magnitude_bits(x, n);
+    if (magnitude >= 0x7f800000U) [[unlikely]] {
+      Index seen = first_bad_.load();
+      while (b < seen && !first_bad_.compare_exchange_weak(seen, b)) {
+      }
+      return;
+    }
+    float& scale = scales_[std::size_t(b)];
+    scale = std::bit_cast<float>(magnitude);
+    switch (q_.codebook().kind()) {
+      case CodebookKind::table:
+        if (scale == 0 && q_.options_.double_quantise)
+          // The scale will come back as nearly, not exactly, zero; only the code of zero still means zero then.
+          return encoder_.fill_block(n, q_.codebook().nearest(0.0F), out);
+        if (q_.options_.scale_search > 0) scale = best_scale(x, n, scale, out);
+        encoder_.table_block(x, n, scale, out);
+        break;
+      case CodebookKind::int8:
+        encoder_.int8_block(x, n, scale, out);
+        break;
+      case CodebookKind::affine:
+        scale = affine(b, x, n, out);
+        break;
+    }
+  }
+  float affine(Index b, const float* x, Index n, std::uint8_t* out) {
+    float low = 0, high = 0;
+    for (Index i = 0; i < n; ++i) {
+      low = std::min(low, x[i]);
+      high = std::max(high, x[i]);
+    }
+    const int largest = (1 << layout_.bits) - 1;
+    const auto scale = float((double(high) - double(low)) / largest);
+    const int zero = scale == 0 ? 0 : std::clamp(int(std::nearbyint(-double(low) / double(scale))), 0, largest);
+    q_.zeros_[std::size_t(b)] = std::uint8_t(zero);
+    encoder_.affine_block(x, n, scale, zero, out);
+    return scale;
+  }
+  /// The clipping point among absmax·(1 − i/2k), i = 0 … k, with the least squared error; `scratch` is overwritten.
+  float best_scale(const float* x, Index n, float absmax, std::uint8_t* scratch) const {
+    if (absmax == 0) return absmax;
+    float best = absmax, values[256];
+    double least = std::numeric_limits<double>::infinity();
+    const int k = q_.options_.scale_search;
+    for (int i = 0; i <= k; ++i) {
+      const auto candidate = float(double(absmax) * (1 - double(i) / (2.0 * k)));
+      encoder_.table_block(x, n, candidate, scratch);
+      double error = 0;
+      for (Index j = 0; j < n; j += 256) {
+        const Index m = std::min<Index>(256, n - j);
+        decode_span<Path::portable>(q_.codebook(), scratch, j, m, {candidate, 0}, values);
+        float sum = 0;
+        for (Index l = 0; l < m; ++l) sum += (x[j + l] - values[l]) * (x[j + l] - values[l]);
+        error += double(sum);
+      }
+      if (error < least) {
+        least = error;
+        best = candidate;
+      }
+    }
+    return best;
+  }
+
+  /// The block as consecutive floats: W's own memory where it is that already, `staged` otherwise.
+  const float* elements(const BlockLayout::Block& block, float* staged) const {
+    Index i = layout_.row_of(block.segment, block.first), j = layout_.col_of(block.first);
+    const bool one_run = W_.is_row_major() && (j + block.length <= layout_.cols || W_.is_contiguous());
+    if constexpr (std::same_as<S, float>)
+      if (one_run) return &W_(i, j);
+    float* out = staged;
+    for (Index left = block.length; left > 0; ++i, j = 0) {
+      const Index m = one_run ? left : std::min(left, layout_.cols - j);
+      const S* source = W_.data() + i * W_.row_stride() + j * W_.col_stride();
+      const Index stride = W_.col_stride();
+      if (stride == 1)
+        for (Index k = 0; k < m; ++k) out[k] = float(source[k]);
+      else
+        for (Index k = 0; k < m; ++k) out[k] = float(source[k * stride]);
+      out += m;
+      left -= m;
+    }
+    return staged;
+  }
+  [[noreturn]] void report(Index b) const {
+    const auto block = layout_.block(b);
+    for (Index k = 0; k < block.length; ++k) {
+      const Index i = layout_.row_of(block.segment, block.first + k), j = layout_.col_of(block.first + k);
+      const auto x = double(W_(i, j));
+      if (!std::isfinite(float(x)))
+        throw NonFiniteError(text("quantise: W must be finite ", std::isfinite(x) ? "in float" : "", ", got ", x,
+                                  " at (", i, ", ", j, "), block ", b));
+    }
+    throw NonFiniteError(text("quantise: W must be finite, block ", b, " is not"));
+  }
+
+  QuantizedMatrix<T>& q_;
+  MatrixView<const S> W_;
+  const BlockLayout& layout_;
+  Encoder<> encoder_;
+  std::vector<float> scales_;
+  std::atomic<Index> first_bad_{std::numeric_limits<Index>::max()};
+};
+
+template <class S>
+using QuantisedScalar = std::conditional_t<std::same_as<S, double>, double, float>;
+
+}  // namespace detail
+
+/// W as codes and scales.
+///
+/// For each block: scale = largest magnitude, code = the nearest of table to x·(1/scale), ties to the lower.
+/// **Shapes** W out×in of float, double, bf16 or f16, in any order; blocks run along its rows.
+/// **Throws** NonFiniteError naming element and block; ArgumentError for a block size that is not a power of two in
+/// [32, 4096] or options that do not go together. **Cost** one pass over W, on all threads.
+/// **Numerics** everything happens in float, as in bitsandbytes: the reciprocal of the scale is rounded, multiplied,
+/// and compared with the midpoints of the table. Codes and scales are the same bits for any number of threads. A block
+/// of zeros gets code 0; a block so small that the reciprocal overflows is divided instead.
+/// **Source** Dettmers et al., arXiv 2305.14314, §3.
+template <MatrixLike X>
+auto quantise(X&& W, QuantizeOptions options = {}) {
+  const auto view = view_of(W);
+  using S = typename decltype(view)::value_type;
+  auto q = QuantizedMatrix<detail::QuantisedScalar<S>>::zero(view.rows(), view.cols(), std::move(options));
+  q.assign(MatrixView<const S>(view));
+  return q;
+}
+
+}  // namespace lowrank

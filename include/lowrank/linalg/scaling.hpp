@@ -41,4 +41,14 @@ inline double unit_scale(double largest) {
   return largest > 0 ? std::ldexp(1.0, std::clamp(-std::ilogb(largest), -1020, 1020)) : 1;
 }
 
+/// out = scale·W, in tiles, so that neither order is walked across its grain.
+template <class S, class T>
+void copy_scaled(const MatrixView<const S>& W, double scale, const MatrixView<T>& out) {
+  constexpr Index tile = 32;
+  for (Index i0 = 0; i0 < W.rows(); i0 += tile)
+    for (Index j0 = 0; j0 < W.cols(); j0 += tile)
+      for (Index i = i0; i < std::min(W.rows(), i0 + tile); ++i)
+        for (Index j = j0; j < std::min(W.cols(), j0 + tile); ++j) out(i, j) = T(double(W(i, j)) * scale);
+}
+
 }  // namespace lowrank::detail

@@ -83,8 +83,7 @@ SingularValues bidiagonal_singular_values(MatrixView<const S> W, double scale, c
   const Index m = W.rows(), n = W.cols();
   Matrix<double> A;
   A.resize(m, n);
-  for (Index i = 0; i < m; ++i)
-    for (Index j = 0; j < n; ++j) A(i, j) = double(W(i, j)) * scale;
+  copy_scaled(W, scale, A.view());
   SingularValues out;
 #if defined(LOWRANK_USE_LAPACK)
   if (n > small_spectrum) {

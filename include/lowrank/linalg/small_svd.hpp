@@ -84,8 +84,7 @@ Svd<T> small_svd(MatrixView<const T> A) {
   if (n == 0) return {Matrix<T>(m, 0), {}, Matrix<T>(0, 0)};
   Matrix<double> W;
   W.resize(m, n);
-  for (Index i = 0; i < m; ++i)
-    for (Index j = 0; j < n; ++j) W(i, j) = double(A(i, j)) * scale;
+  detail::copy_scaled(A, scale, W.view());
   Svd<T> out;
   if (m > n + n / 2) {
     Matrix<double> R(n, n);

@@ -61,7 +61,7 @@ class ActivationWeight {
   void solve_rows(MatrixView<T> A) const {
     const Index n = L_.rows();
     parallel_ranges(A.rows(), 1, [&](Index i0, Index i1) {
-      std::vector<double> x(std::size_t(n));
+      std::vector<double> x(static_cast<std::size_t>(n));
       for (Index i = i0; i < i1; ++i) {
         for (Index j = 0; j < n; ++j) x[std::size_t(j)] = double(A(i, j));
         for (Index j = n - 1; j >= 0; --j) {  // x·L = a from the last column back

@@ -202,20 +202,24 @@ struct TensorRewrite {
 ///
 /// `rewrite(tensor)` is asked once for every tensor before anything is written; `nothing` keeps its bytes. Replacements
 /// are made one after the other while streaming, so peak memory is that of one tensor. `progress(tensor)` follows each.
-/// A single file is written as `directory/model.safetensors`. Each file appears whole or not at all, the index last.
+/// A single file is written as `directory/model.safetensors`, or as `directory` itself when that ends in
+/// ".safetensors". Each file appears whole or not at all, the index last.
 /// **Throws** IoError; refuses to write into the directory it reads from.
 template <class Rewrite, class Progress>
 void rewrite_checkpoint(const Checkpoint& from, const std::string& directory, Rewrite&& rewrite, Progress&& progress) {
   namespace fs = std::filesystem;
+  const bool sharded = !from.index().empty(), named = directory.ends_with(".safetensors");
+  if (sharded && named) throw IoError(directory, "must be a directory: the input has shards");
   std::error_code failed;
-  fs::create_directories(directory, failed);
-  if (failed) throw IoError(directory, "cannot create the directory: " + failed.message());
-  const bool sharded = !from.index().empty();
+  if (!named) {
+    fs::create_directories(directory, failed);
+    if (failed) throw IoError(directory, "cannot create the directory: " + failed.message());
+  }
   std::map<std::string, std::vector<TensorInfo>> written;
   for (std::size_t s = 0; s < from.shard_count(); ++s) {
     const SafeTensors& shard = from.shard(s);
     const std::string name = sharded ? fs::path(shard.path()).filename().string() : "model.safetensors";
-    const std::string target = (fs::path(directory) / name).string();
+    const std::string target = named ? directory : (fs::path(directory) / name).string();
     if (fs::equivalent(target, shard.path(), failed)) throw IoError(target, "is both input and output");
     std::vector<std::optional<TensorRewrite>> plan;
     std::vector<TensorSpec> specs;

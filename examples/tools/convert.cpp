@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+// lowrank convert: an adapter between PEFT, llama.cpp's GGUF, and numpy's .npz.
+#include <filesystem>
+
+#include "lowrank/io/gguf_adapter.hpp"
+#include "lowrank/io/npz.hpp"
+#include "models.hpp"
+
+namespace lowrank::tool {
+namespace {
+namespace fs = std::filesystem;
+
+struct Options {
+  Common common;
+  std::string adapter, to, output, base, dtype = "f32";
+  Index heads = 0, kv_heads = 0;
+  bool dry_run = false;
+};
+
+/// Head counts from --heads, or from the base's config.json: --base, else the directory the adapter names.
+io::GgufAdapterOptions gguf_settings(const Options& o, const std::string& named_base) {
+  io::GgufAdapterOptions g;
+  g.dtype = factor_dtype(o.dtype);
+  if (o.heads > 0) {
+    g.heads = o.heads;
+    g.kv_heads = o.kv_heads > 0 ? o.kv_heads : o.heads;
+    return g;
+  }
+  std::error_code ignored;
+  const std::string directory = !o.base.empty() ? o.base : named_base;
+  if (!o.base.empty() || (!directory.empty() && fs::exists(fs::path(directory) / "config.json", ignored)))
+    return io::gguf_options(io::read_llama_config(directory), g.dtype);
+  return g;  // enough unless q_proj or k_proj is adapted; the writer says so
+}
+
+void write_npz(const std::string& path, const io::PeftAdapter& adapter) {
+  io::NpzWriter out(path);
+  for (const io::AdapterModule& m : adapter.modules) {
+    out.add(m.name + ".lora_A", m.factors.A);
+    out.add(m.name + ".lora_B", m.factors.B);
+    out.add(m.name + ".scale", std::span<const float>(&m.factors.scale, 1));
+    if (!m.magnitude.empty()) out.add(m.name + ".magnitude", std::span<const float>(m.magnitude));
+    if (!m.bias.empty()) out.add(m.name + ".bias", std::span<const float>(m.bias));
+  }
+  out.commit();
+}
+
+void run(const Options& o) {
+  expect_different(o.adapter, o.output);
+  io::PeftAdapter adapter;
+  if (o.adapter.ends_with(".gguf"))
+    adapter = io::read_gguf_adapter(o.adapter, gguf_settings(o, {}));
+  else
+    adapter = io::read_peft(o.adapter);
+  std::optional<io::GgufWriter> gguf;
+  if (o.to == "gguf") gguf = io::gguf_adapter(adapter, gguf_settings(o, adapter.config.base_model_name_or_path));
+  if (o.to == "npz" && !adapter.saved.empty())
+    throw IoError(o.adapter, adapter.saved[0].spec.name,
+                  "is a whole tensor saved with the adapter, which the .npz form does not hold");
+  if (!o.dry_run) {
+    if (gguf) {
+      gguf->write(o.output);
+    } else if (o.to == "npz") {
+      write_npz(o.output, adapter);
+    } else {
+      for (io::AdapterModule& m : adapter.modules) {
+        if (o.dtype != "f32") m.dtype = factor_dtype(o.dtype);
+        round_factors(m.factors, m.dtype);
+      }
+      if (!o.base.empty()) adapter.config.base_model_name_or_path = o.base;
+      io::write_peft(o.output, adapter);
+    }
+  }
+  const Json report = {{"command", "convert"},
+                       {"to", o.to},
+                       {"modules", adapter.modules.size()},
+                       {"parameters", adapter.parameters()},
+                       {"output", o.output},
+                       {"dry_run", o.dry_run}};
+  print(o.common, report,
+        std::to_string(adapter.modules.size()) + " modules; " + (o.dry_run ? "would write " : "wrote ") + o.output +
+            "\n");
+}
+
+void add_convert(CLI::App& app) {
+  auto o = std::make_shared<Options>();
+  CLI::App* sub = add_command(app, "convert", "An adapter as PEFT directory, GGUF for llama.cpp, or .npz", o->common);
+  sub->add_option("adapter", o->adapter, "PEFT directory, or .gguf")->required();
+  sub->add_option("--to", o->to, "peft, gguf or npz")->required()->check(CLI::IsMember({"peft", "gguf", "npz"}));
+  sub->add_option("-o,--output", o->output, "Directory (peft) or file to write")->required();
+  sub->add_option("--base", o->base, "Directory with the base's config.json, for GGUF's head counts");
+  sub->add_option("--heads", o->heads, "Attention heads, instead of --base")->check(CLI::PositiveNumber);
+  sub->add_option("--kv-heads", o->kv_heads, "Key-value heads; default: as --heads")->check(CLI::PositiveNumber);
+  sub->add_option("--dtype", o->dtype, "Type of the written factors")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"f32", "f16", "bf16"}));
+  sub->add_flag("--dry-run", o->dry_run, "Check everything, write nothing");
+  sub->callback([o] { run(*o); });
+}
+
+const Registration registration{57, "convert", add_convert};
+
+}  // namespace
+}  // namespace lowrank::tool

@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0
+// The pictures of a report: data written for gnuplot, gnuplot run once, its SVG made to follow the page's colours.
+#include <fcntl.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <map>
+
+#include "report_html.hpp"
+#include "report_values.hpp"
+
+extern char** environ;
+
+namespace lowrank::tool {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// A directory that goes away with its contents.
+class Scratch {
+ public:
+  Scratch() {
+    std::string pattern = (fs::temp_directory_path() / "lowrank-XXXXXX").string();
+    if (::mkdtemp(pattern.data()) != nullptr) path_ = pattern;
+  }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() {
+    std::error_code ignored;
+    if (!path_.empty()) fs::remove_all(path_, ignored);
+  }
+  [[nodiscard]] const fs::path& path() const { return path_; }
+
+ private:
+  fs::path path_;
+};
+
+/// Runs gnuplot on a script; an empty string, or what went wrong.
+std::string run_gnuplot(const fs::path& script, const fs::path& log) {
+  const std::string s = script.string();
+  const char* argv[] = {"gnuplot", s.c_str(), nullptr};
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  posix_spawn_file_actions_addopen(&actions, 2, log.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+  posix_spawn_file_actions_addopen(&actions, 1, "/dev/null", O_WRONLY, 0);
+  pid_t pid = 0;
+  const int failed = ::posix_spawnp(&pid, "gnuplot", &actions, nullptr, const_cast<char**>(argv), environ);
+  posix_spawn_file_actions_destroy(&actions);
+  if (failed != 0) return "gnuplot was not found: the report has no pictures";
+  int status = 0;
+  ::waitpid(pid, &status, 0);
+  if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return {};
+  std::ifstream in(log);
+  std::string line, text;
+  while (std::getline(in, line))
+    if (!line.empty()) text = line;
+  return "gnuplot failed, the report has no pictures: " + text;
+}
+
+std::string slurp(const fs::path& path) {
+  std::ifstream in(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+/// gnuplot strings in double quotes: backslash and quote escaped, enhanced text is off.
+std::string gp(const std::string& s) {
+  std::string out = "\"";
+  for (const char c : s) {
+    if (c == '"' || c == '\\') out += '\\';
+    out += c == '\n' ? ' ' : c;
+  }
+  return out + "\"";
+}
+
+std::string number_text(double x) {
+  char buffer[32];
+  std::snprintf(buffer, sizeof buffer, "%.8g", x);
+  return buffer;
+}
+
+// One colour no palette uses stands for "the text colour" and becomes currentColor.
+constexpr const char* ink = "#010203";
+constexpr const char* preamble =
+    "set encoding utf8\n"
+    "set border lc rgb '#010203'\nset tics textcolor rgb '#010203'\nset key textcolor rgb '#010203'\n"
+    "set xlabel textcolor rgb '#010203'\nset ylabel textcolor rgb '#010203'\nset cblabel textcolor rgb '#010203'\n"
+    "set grid lc rgb '#888888' lw 0.4\n"
+    "set palette defined (0 '#352a87', 0.25 '#0f7fd8', 0.5 '#2cb7a0', 0.75 '#d4bb58', 1 '#f9fb0e')\n";
+
+/// Okabe and Ito's colours: told apart by every kind of colour vision, on white and on black.
+constexpr const char* colours[] = {"#0072b2", "#d55e00", "#009e73", "#cc79a7",
+                                   "#e69f00", "#56b4e9", "#7f7f7f", "#b2a900"};
+
+struct Plot {
+  std::string name, caption, body;
+  int width = 860, height = 460;
+};
+
+std::string in_ink(std::string svg, const std::string& colour) {
+  for (const std::string from : {"rgb(  1,   2,   3)", "rgb(1, 2, 3)", "#010203"})
+    for (std::size_t at = 0; (at = svg.find(from, at)) != std::string::npos; at += colour.size())
+      svg.replace(at, from.size(), colour);
+  return svg;
+}
+
+/// The <svg> element alone, sized by the page, with ids of its own so that several can live in one page.
+std::string inline_svg(const std::string& file, const std::string& name, const std::string& caption) {
+  const std::size_t begin = file.find("<svg"), end = file.rfind("</svg>");
+  if (begin == std::string::npos || end == std::string::npos) return {};
+  std::string svg = in_ink(file.substr(begin, end + 6 - begin), "currentColor");
+  // gnuplot's own script for mouse tracking is not asked for; ids are prefixed in definitions and references alike.
+  for (const char* mark : {"id=\"", "href=\"#", "href='#", "url(#"}) {
+    const std::string m = mark;
+    for (std::size_t at = 0; (at = svg.find(m, at)) != std::string::npos; at += m.size() + name.size() + 1)
+      svg.insert(at + m.size(), name + "-");
+  }
+  const std::size_t tag = svg.find('>');
+  std::string open = svg.substr(0, tag);
+  for (const char* attribute : {" width=\"", " height=\""})
+    if (const std::size_t at = open.find(attribute); at != std::string::npos)
+      open.erase(at, open.find('"', at + std::string(attribute).size()) + 1 - at);
+  return open + " role=\"img\" aria-label=\"" + caption + "\"" + svg.substr(tag);
+}
+
+/// Layer × module, coloured by the number that matters for the command.
+void add_heat_map(const Json& report, const fs::path& dir, std::vector<Plot>& plots) {
+  std::map<std::string, int> columns;
+  std::vector<std::tuple<int, std::string, double>> cells;
+  int layers = 0;
+  for (const Json& j : report["matrices"]) {
+    const LayerName at = layer_name(j["name"].get<std::string>());
+    const double value = heat_value(report, j);
+    if (at.layer < 0 || !std::isfinite(value)) continue;
+    columns.emplace(at.module, 0);
+    layers = std::max(layers, at.layer + 1);
+    cells.emplace_back(at.layer, at.module, value);
+  }
+  if (cells.empty() || columns.size() > 64) return;
+  int next = 0;
+  std::string tics;
+  for (auto& [module, column] : columns) {
+    column = next++;
+    tics += (tics.empty() ? "" : ", ") + gp(module) + " " + std::to_string(column);
+  }
+  std::ofstream out(dir / "heat.dat");
+  double low = INFINITY, high = -INFINITY;
+  for (const auto& [layer, module, value] : cells) {
+    out << columns[module] << ' ' << layer << ' ' << number_text(value) << '\n';
+    low = std::min(low, value);
+    high = std::max(high, value);
+  }
+  if (!(high > low)) high = low + std::max(1e-9, std::abs(low) * 1e-3);
+  const std::string what = heat_caption(report);
+  plots.push_back({"heat", what + " by layer and module",
+                   "unset key\nunset grid\nset ylabel 'layer'\nset cblabel " + gp(what) +
+                       "\nset xtics rotate by -35 (" + tics + ")\nset xrange [-0.5:" + std::to_string(next) +
+                       "-0.5]\nset yrange [-0.5:" + std::to_string(layers) + "-0.5]\nset cbrange [" + number_text(low) +
+                       ":" + number_text(high) + "]\nplot 'heat.dat' using 1:2:3 with image pixels\n",
+                   860, std::clamp(180 + 16 * layers, 320, 900)});
+}
+
+/// A few spectra on log axes with the edges of noise and rounding: the ones farthest from noise, and the closest.
+void add_spectra(const Json& report, const fs::path& dir, std::vector<Plot>& plots) {
+  std::vector<const Json*> list;
+  for (const Json& j : report["matrices"])
+    if (j.contains("curve") && j["curve"].size() > 1) list.push_back(&j);
+  if (list.empty()) return;
+  std::stable_sort(list.begin(), list.end(),
+                   [&](const Json* a, const Json* b) { return heat_value(report, *a) < heat_value(report, *b); });
+  if (list.size() > 6) {
+    std::vector<const Json*> few(list.begin(), list.begin() + 3);
+    few.insert(few.end(), list.end() - 3, list.end());
+    list = few;
+  }
+  std::string plot, edges;
+  int n = 0;
+  for (const Json* j : list) {
+    const std::string file = "curve" + std::to_string(n) + ".dat";
+    std::ofstream out(dir / file);
+    bool any = false;
+    for (const Json& p : (*j)["curve"])
+      if (p[1].get<double>() > 0) {
+        out << p[0].get<double>() << ' ' << number_text(p[1].get<double>()) << '\n';
+        any = true;
+      }
+    if (!any) continue;
+    const std::string colour = colours[n % 8];
+    plot += (plot.empty() ? "plot " : ", ") + gp(file) + " using 1:2 with lines lw 2 lc rgb '" + colour + "' title " +
+            gp((*j)["name"].get<std::string>());
+    const double edge = edge_of(*j);
+    if (edge > 0) edges += ", " + number_text(edge) + " with lines dt 2 lw 1 lc rgb '" + colour + "' notitle";
+    ++n;
+  }
+  if (plot.empty()) return;
+  plots.push_back({"spectra",
+                   "Singular values of the matrices nearest to and farthest from noise; dashed: where noise ends",
+                   "set logscale xy\nset format y '10^{%L}'\nset xlabel 'index'\nset ylabel 'singular value'\nset key "
+                   "outside below\n" +
+                       plot + edges + "\n",
+                   860, 520});
+}
+
+/// Medians over several reports, in the order given.
+void add_growth(const std::vector<Json>& reports, const fs::path& dir, std::vector<Plot>& plots) {
+  if (reports.size() < 2) return;
+  std::ofstream out(dir / "growth.dat");
+  std::string tics;
+  int n = 0;
+  for (const Json& r : reports) {
+    std::vector<double> values;
+    for (const Json& j : r["matrices"])
+      if (const double v = heat_value(r, j); std::isfinite(v)) values.push_back(v);
+    if (values.empty()) continue;
+    std::sort(values.begin(), values.end());
+    const auto at = [&](double q) { return number_text(values[std::size_t(q * double(values.size() - 1))]); };
+    out << n << ' ' << at(.5) << ' ' << at(.1) << ' ' << at(.9) << '\n';
+    tics += (tics.empty() ? "" : ", ") + gp(report_label(r)) + " " + std::to_string(n++);
+  }
+  if (n < 2) return;
+  plots.push_back(
+      {"growth", heat_caption(reports[0]) + " over the reports: median, and the band from 10 % to 90 % of the matrices",
+       "set xtics rotate by -25 (" + tics + ")\nset ylabel " + gp(heat_caption(reports[0])) +
+           "\nset key off\nset style fill transparent solid 0.25\nplot 'growth.dat' using 1:3:4 with filledcurves lc "
+           "rgb '#0072b2', '' using "
+           "1:2 with linespoints pt 7 lw 2 lc rgb '#0072b2'\n",
+       860, 420});
+}
+
+}  // namespace
+
+Pictures draw_pictures(const std::vector<Json>& reports, const char* raster) {
+  Pictures result;
+  const Scratch scratch;
+  if (scratch.path().empty()) {
+    result.problem = "no temporary directory for gnuplot: the report has no pictures";
+    return result;
+  }
+  const fs::path& dir = scratch.path();
+  std::vector<Plot> plots;
+  add_heat_map(reports.back(), dir, plots);
+  add_spectra(reports.back(), dir, plots);
+  add_growth(reports, dir, plots);
+  if (plots.empty()) return result;
+  {
+    std::ofstream script(dir / "script.gp");
+    script << "cd " << gp(dir.string()) << '\n';
+    for (const Plot& p : plots) {
+      const std::string size = std::to_string(p.width) + "," + std::to_string(p.height);
+      // Enhanced text only where we format an exponent ourselves: names hold underscores.
+      const char* enhanced = p.name == "spectra" ? "enhanced" : "noenhanced";
+      script << "reset\n"
+             << preamble << "set term svg size " << size << ' ' << enhanced << " font 'sans-serif,13'\nset output '"
+             << p.name << ".svg'\n";
+      if (p.name == "spectra") script << "set key noenhanced\n";
+      script << p.body << "set output\n";
+      if (raster != nullptr)
+        script << "set term pngcairo size " << p.width * 2 << ',' << p.height * 2 << ' ' << enhanced
+               << " font 'sans,22' linewidth 2\nset output '" << p.name << ".png'\nreplot\nset output\n";
+    }
+  }
+  result.problem = run_gnuplot(dir / "script.gp", dir / "log");
+  if (!result.problem.empty()) return result;
+  for (const Plot& p : plots) {
+    const std::string svg = slurp(dir / (p.name + ".svg"));
+    if (svg.find("</svg>") == std::string::npos) continue;
+    std::string light = in_ink(svg, "#000000");
+    if (const std::size_t tag = light.find('>', light.find("<svg")); tag != std::string::npos)
+      light.insert(tag + 1, "\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>");
+    result.list.push_back({p.name, p.caption, inline_svg(svg, p.name, p.caption), std::move(light),
+                           raster != nullptr ? slurp(dir / (p.name + ".png")) : std::string()});
+  }
+  return result;
+}
+
+}  // namespace lowrank::tool

@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: Apache-2.0
+// The machinery of whole-checkpoint scans. Compiled with LOWRANK_TOOL_MPI it spreads the matrices over MPI ranks.
+#include "spectrum_scan.hpp"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <map>
+
+#include "lowrank/core/threads.hpp"
+#include "lowrank/io/file.hpp"
+#include "lowrank/spectrum/balance.hpp"
+#include "report_html.hpp"
+
+#if defined(LOWRANK_TOOL_MPI)
+#include "lowrank/mpi.hpp"
+#endif
+
+namespace lowrank::tool {
+namespace {
+
+/// Finished matrices on disk, one line each, so that a kill loses at most the line being written.
+class Journal {
+ public:
+  Journal(const std::string& path, const std::string& fingerprint, bool fresh) : path_(path) {
+    if (path.empty()) return;
+    const std::string head = Json{{"fingerprint", fingerprint}}.dump() + "\n";
+    off_t keep = 0;
+    if (!fresh) keep = load(head);
+    fd_ = ::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+    if (fd_ < 0) throw IoError(path, "cannot open the journal for writing");
+    if (::ftruncate(fd_, keep) != 0 || ::lseek(fd_, 0, SEEK_END) < 0) throw IoError(path, "cannot prepare the journal");
+    if (keep == 0) append(head);
+  }
+  Journal(const Journal&) = delete;
+  ~Journal() {
+    if (fd_ >= 0) ::close(fd_);
+  }
+  [[nodiscard]] const Json* find(const std::string& name) const {
+    const auto it = done_.find(name);
+    return it == done_.end() ? nullptr : &it->second;
+  }
+  void add(const std::string& name, const Json& result) {
+    if (fd_ >= 0)
+      append(Json{{"job", name}, {"result", result}}.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n");
+  }
+
+ private:
+  /// Reads whole lines of a journal with our head; returns how many bytes of it are good.
+  off_t load(const std::string& head) {
+    std::ifstream in(path_, std::ios::binary);
+    if (!in) return 0;
+    const std::string text((std::istreambuf_iterator<char>(in)), {});
+    if (text.compare(0, head.size(), head) != 0) return 0;
+    std::size_t at = head.size();
+    while (true) {
+      const std::size_t end = text.find('\n', at);
+      if (end == std::string::npos) break;  // the torn line of a kill, if anything
+      const Json line = Json::parse(text.begin() + Index(at), text.begin() + Index(end), nullptr, false);
+      if (line.is_discarded() || !line.contains("job") || !line.contains("result") || !line["job"].is_string()) break;
+      done_[line["job"].get<std::string>()] = line["result"];
+      at = end + 1;
+    }
+    return off_t(at);
+  }
+  void append(const std::string& line) {
+    std::size_t at = 0;
+    while (at < line.size()) {
+      const ssize_t n = ::write(fd_, line.data() + at, line.size() - at);
+      if (n < 0 && errno != EINTR) throw IoError(path_, "cannot append to the journal");
+      if (n > 0) at += std::size_t(n);
+    }
+  }
+  std::string path_;
+  int fd_ = -1;
+  std::map<std::string, Json> done_;
+};
+
+std::string journal_path(const ScanOptions& o, int rank, int ranks) {
+  const std::string& out = !o.json.empty() ? o.json : !o.csv.empty() ? o.csv : o.html;
+  if (out.empty() || out == "-") return {};
+  return out + (ranks > 1 ? "." + std::to_string(rank) + "of" + std::to_string(ranks) : "") + ".journal";
+}
+
+std::string joined(const std::vector<Skipped>& list) {
+  std::string s;
+  for (std::size_t i = 0; i < std::min<std::size_t>(list.size(), 5); ++i)
+    s += (i > 0 ? "; " : "") + list[i].name + ": " + list[i].reason;
+  return s + (list.size() > 5 ? "; ..." : "");
+}
+
+Json to_json(const std::vector<Skipped>& list) {
+  Json j = Json::array();
+  for (const Skipped& s : list) j.push_back({{"name", s.name}, {"reason", s.reason}});
+  return j;
+}
+
+/// One row a matrix, one column a number of "metrics", "noise" and the top level; what is missing stays empty.
+std::string csv_text(const std::vector<Json>& matrices) {
+  std::vector<std::pair<std::string, std::string>> columns;  // section, key
+  for (const Json& m : matrices)
+    for (const auto& [key, value] : m.items()) {
+      const auto add = [&](const std::string& section, const std::string& k) {
+        if (std::find(columns.begin(), columns.end(), std::pair(section, k)) == columns.end())
+          columns.emplace_back(section, k);
+      };
+      if (value.is_object() && (key == "metrics" || key == "noise"))
+        for (const auto& [k, v] : value.items()) add(key, k);
+      else if (value.is_primitive())
+        add("", key);
+    }
+  const auto quoted = [](std::string s) {
+    if (s.find_first_of(",\"\n\r") == std::string::npos) return s;
+    for (std::size_t at = 0; (at = s.find('"', at)) != std::string::npos; at += 2) s.insert(at, 1, '"');
+    return "\"" + s + "\"";
+  };
+  std::string text;
+  for (std::size_t c = 0; c < columns.size(); ++c)
+    text += (c > 0 ? "," : "") + (columns[c].first == "noise" ? "noise_" : std::string()) + columns[c].second;
+  text += "\n";
+  for (const Json& m : matrices) {
+    for (std::size_t c = 0; c < columns.size(); ++c) {
+      const auto& [section, key] = columns[c];
+      const Json* from = section.empty() ? &m : m.contains(section) ? &m[section] : nullptr;
+      text += c > 0 ? "," : "";
+      if (from != nullptr && from->contains(key) && !(*from)[key].is_null())
+        text += (*from)[key].is_string() ? quoted((*from)[key].get<std::string>()) : (*from)[key].dump();
+    }
+    text += "\n";
+  }
+  return text;
+}
+
+}  // namespace
+
+void ScanOptions::add_to(CLI::App* sub) {
+  sub->add_option("--json", json, "Write the report as JSON to this file (- for stdout); resumable after a kill");
+  sub->add_option("--csv", csv, "Write one row a matrix to this file");
+  sub->add_option("--html", html, "Write one self-contained page with pictures (needs gnuplot when run)");
+  sub->add_option("--pictures", pictures, "Directory for --svg and --png")->default_val(".");
+  sub->add_flag("--svg", svg, "Write the pictures as SVG files");
+  sub->add_flag("--png", png, "Write the pictures as PNG files");
+  sub->add_flag("--fresh", fresh, "Do not resume from a journal");
+  sub->add_option("-j,--jobs", in_flight, "Matrices in flight; default: the number of threads")
+      ->check(CLI::NonNegativeNumber);
+  sub->add_flag("-q,--quiet", common.quiet, "No progress, no notes");
+}
+
+std::string fingerprint(const std::vector<std::string>& paths, const std::string& options) {
+  namespace fs = std::filesystem;
+  std::string s = "lowrank 1 " + options;
+  const auto stamp = [&](const fs::path& p) {
+    struct stat info {};
+    if (::stat(p.c_str(), &info) == 0 && S_ISREG(info.st_mode))
+      s += "|" + p.string() + ":" + std::to_string(info.st_size) + ":" + std::to_string(info.st_mtim.tv_sec) + "." +
+           std::to_string(info.st_mtim.tv_nsec);
+  };
+  for (const std::string& path : paths) {
+    std::error_code ignored;
+    if (fs::is_directory(path, ignored)) {
+      std::vector<fs::path> files;
+      for (const auto& entry : fs::directory_iterator(path, ignored)) files.push_back(entry.path());
+      std::sort(files.begin(), files.end());
+      for (const auto& f : files)
+        if (f.extension() == ".safetensors" || f.extension() == ".json") stamp(f);
+    } else {
+      stamp(path);
+    }
+  }
+  return s;
+}
+
+ScanResult run_scan(const ScanOptions& o, const std::string& what, const std::string& fingerprint,
+                    const std::vector<ScanJob>& jobs) {
+  int rank = 0, ranks = 1;
+#if defined(LOWRANK_TOOL_MPI)
+  static MpiWorld world;
+  rank = world.rank();
+  ranks = world.size();
+#endif
+  std::vector<double> costs;
+  for (const ScanJob& j : jobs) costs.push_back(j.cost);
+  const auto owner = balance_jobs(costs, ranks);
+  ScanResult r;
+  r.journal = journal_path(o, rank, ranks);
+  Journal journal(r.journal, fingerprint, o.fresh);
+  r.leader = rank == 0;
+  r.matrices.assign(jobs.size(), Json());
+  std::vector<std::string> errors(jobs.size());
+  std::vector<std::size_t> todo;
+  std::uint64_t bytes = 0;
+  for (std::size_t i = 0; i < jobs.size(); ++i) {
+    if (owner[i] != rank) continue;
+    if (const Json* known = journal.find(jobs[i].name)) {
+      r.matrices[i] = *known;
+      ++r.resumed;
+      continue;
+    }
+    todo.push_back(i);
+    bytes += jobs[i].bytes;
+  }
+  // Largest first: the last to finish are then the small ones.
+  std::stable_sort(todo.begin(), todo.end(), [&](std::size_t a, std::size_t b) { return costs[a] > costs[b]; });
+  Common common = o.common;
+  common.quiet = common.quiet || rank != 0;
+  Progress progress(common, what, bytes);
+  std::string fatal;
+  const auto work = [&](std::size_t i) {
+    Json result;
+    std::string error;
+    try {
+      result = jobs[i].work();
+    } catch (const std::bad_alloc&) {
+      error = "not enough memory";
+    } catch (const std::exception& e) {
+      error = e.what();
+    }
+#if defined(_OPENMP)
+#pragma omp critical(lowrank_scan)
+#endif
+    {
+      errors[i] = error;
+      try {
+        if (error.empty()) journal.add(jobs[i].name, result);
+      } catch (const std::exception& e) {
+        fatal = e.what();
+      }
+      r.matrices[i] = std::move(result);
+      progress.advance(jobs[i].bytes, jobs[i].name);
+    }
+  };
+  const int wanted = o.in_flight > 0 ? o.in_flight : max_threads();
+  const int at_once = int(std::min<std::size_t>(std::size_t(wanted), std::max<std::size_t>(1, todo.size())));
+  if (at_once > 1) {
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(at_once)
+#endif
+    for (Index t = 0; t < Index(todo.size()); ++t) work(todo[std::size_t(t)]);
+  } else {
+    for (const std::size_t i : todo) work(i);
+  }
+  if (!fatal.empty()) throw Error(fatal);
+#if defined(LOWRANK_TOOL_MPI)
+  Json mine = Json::array();
+  for (std::size_t i = 0; i < jobs.size(); ++i)
+    if (owner[i] == rank) mine.push_back({i, errors[i], r.matrices[i]});
+  for (const std::string& text : world.gather(mine.dump(-1, ' ', false, Json::error_handler_t::replace)))
+    for (const Json& entry : Json::parse(text)) {
+      errors[entry[0].get<std::size_t>()] = entry[1].get<std::string>();
+      r.matrices[entry[0].get<std::size_t>()] = entry[2];
+    }
+#endif
+  std::vector<Json> kept;
+  for (std::size_t i = 0; i < jobs.size(); ++i) {
+    if (!errors[i].empty())
+      r.failed.push_back({jobs[i].name, errors[i], true});
+    else
+      kept.push_back(std::move(r.matrices[i]));
+  }
+  r.matrices = std::move(kept);
+  r.seconds = progress.seconds();
+  return r;
+}
+
+void finish_scan(const ScanOptions& o, ScanResult&& r, Json header, const std::string& table) {
+  const auto drop_journal = [&] {
+    std::error_code ignored;
+    if (!r.journal.empty()) std::filesystem::remove(r.journal, ignored);
+  };
+  if (!r.leader) return drop_journal();  // its results are with the leader
+  std::vector<Skipped> faults;
+  std::size_t vectors = 0, others = 0;
+  for (const Skipped& s : r.skipped) {
+    if (s.fault)
+      faults.push_back(s);
+    else
+      ++(s.reason.starts_with("has fewer than two dimensions") ? vectors : others);
+  }
+  Json report = std::move(header);
+  report["matrices"] = r.matrices;
+  report["skipped"] = to_json(r.skipped);
+  report["failed"] = to_json(r.failed);
+  report["skipped_vectors"] = vectors;
+  report["seconds"] = r.seconds;
+  report["resumed"] = r.resumed;
+  const std::string text = report.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";
+  if (o.json == "-")
+    std::fwrite(text.data(), 1, text.size(), stdout);
+  else if (!o.json.empty())
+    io::write_text(o.json, text);
+  if (!o.csv.empty()) io::write_text(o.csv, csv_text(r.matrices));
+  if (!o.html.empty() || o.svg || o.png) {
+    const auto pictures = draw_pictures({report}, o.png ? "png" : nullptr);
+    if (!pictures.problem.empty()) note(o.common, pictures.problem);
+    for (const Picture& p : pictures.list) {
+      const std::string stem = (std::filesystem::path(o.pictures) / p.name).string();
+      if (o.svg) io::write_text(stem + ".svg", p.light);
+      if (o.png) io::write_text(stem + ".png", p.png);
+    }
+    if (!o.html.empty()) io::write_text(o.html, html_report({report}, pictures));
+  }
+  if (o.json != "-") {
+    std::string out = table;
+    out += std::to_string(r.matrices.size()) + " matrices in " + time_text(r.seconds);
+    if (r.resumed > 0) out += ", " + std::to_string(r.resumed) + " of them from an earlier run";
+    if (vectors > 0) out += "; " + std::to_string(vectors) + " vectors skipped";
+    if (others > 0) out += "; " + std::to_string(others) + " other tensors skipped";
+    out += "\n";
+    std::fwrite(out.data(), 1, out.size(), stdout);
+  }
+  std::fflush(stdout);
+  if (r.failed.empty()) drop_journal();  // otherwise a second run need not repeat what went well
+  if (!r.failed.empty())
+    throw Error(lowrank::detail::text(r.failed.size(), " of ", r.failed.size() + r.matrices.size(),
+                                      " matrices could not be analysed: ", joined(r.failed)));
+  if (!faults.empty())
+    throw Error(lowrank::detail::text(faults.size(), " tensors do not fit each other: ", joined(faults)));
+}
+
+std::vector<MatrixTensor> matrices_of(const io::Checkpoint& checkpoint, std::vector<Skipped>& skipped) {
+  std::vector<MatrixTensor> list;
+  checkpoint.for_each([&](const io::TensorView& t) {
+    const auto& s = t.shape();
+    if (s.size() < 2) {
+      skipped.push_back({t.name(), "has fewer than two dimensions"});
+    } else if (!io::is_convertible_float(t.dtype())) {
+      skipped.push_back({t.name(), "is stored as " + std::string(io::dtype_name(t.dtype()))});
+    } else if (t.size() == 0) {
+      skipped.push_back({t.name(), "is empty"});
+    } else if (s.size() == 3) {  // a stack of matrices: experts
+      for (Index e = 0; e < Index(s[0]); ++e)
+        list.push_back({t.name() + "[" + std::to_string(e) + "]", t, Index(s[1]), Index(s[2]), e});
+    } else {
+      list.push_back({t.name(), t, Index(s[0]), t.size() / Index(s[0]), 0});
+    }
+  });
+  std::sort(list.begin(), list.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
+  return list;
+}
+
+const MatrixTensor* find_matrix(const std::vector<MatrixTensor>& list, const std::string& name) {
+  const auto it =
+      std::lower_bound(list.begin(), list.end(), name, [](const auto& m, const auto& n) { return m.name < n; });
+  return it != list.end() && it->name == name ? &*it : nullptr;
+}
+
+bool selected(const std::string& name, const std::string& filter) {
+  return filter.empty() || name.find(filter) != std::string::npos;
+}
+
+}  // namespace lowrank::tool

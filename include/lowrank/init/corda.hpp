@@ -136,6 +136,7 @@ auto corda(X&& weight, const ActivationCovariance<arithmetic_of<scalar_of<X>>>& 
   InitReport& report = result.report;
   Svd<T> d;
   double largest = 0;
+  const char* how = "";
   {
     // ‖W·C‖_F² = Σ over rows of W·C; the instruction mode takes it in bands so that W·C is not kept.
     const bool keep = options.mode == CordaMode::knowledge;
@@ -148,7 +149,7 @@ auto corda(X&& weight, const ActivationCovariance<arithmetic_of<scalar_of<X>>>& 
     }
     if (keep) {
       MinorSvd<T> minor = minor_svd(band, r, {.seed = options.svd.seed});
-      report.notes = minor.full ? "full SVD; " : "triangular inverse, triplets verified; ";
+      how = minor.full ? "full SVD" : "triangular inverse, triplets verified";
       d = std::move(static_cast<Svd<T>&>(minor));
       largest = std::sqrt(report.total_energy / double(std::min(m, n)));
     } else {
@@ -161,7 +162,7 @@ auto corda(X&& weight, const ActivationCovariance<arithmetic_of<scalar_of<X>>>& 
   }
   for (const T s : d.S) report.captured_energy += double(s) * double(s);
   const double eps = double(std::numeric_limits<T>::epsilon());
-  report.notes += detail::dead_pairs_note(d.S, largest, m, n, eps);
+  report.notes = detail::dead_pairs_note(d.S, largest, m, n, eps) + how;
 
   LoraFactors<T>& f = result.factors;
   f.scale = T(scale);

@@ -5,6 +5,7 @@
 #include "lowrank/init/residual.hpp"
 #include "lowrank/linalg/qr.hpp"
 #include "lowrank/linalg/small_svd.hpp"
+#include "lowrank/linalg/svd.hpp"
 #include "lowrank/linalg/truncated_svd.hpp"
 
 namespace lowrank {
@@ -111,7 +112,7 @@ std::vector<double> triplet_residuals(MatrixView<const S> A, const Svd<T>& d) {
 template <class T, class S>
 MinorSvd<T> minor_by_full_svd(MatrixView<const S> A, Index rank) {
   const Matrix<T> copy(A);
-  Svd<T> d = small_svd<T>(copy.view());
+  Svd<T> d = svd(copy);
   const Index skip = Index(d.S.size()) - rank;
   MinorSvd<T> out;
   out.U = Matrix<T>(d.U.view().middle_cols(skip, rank));
@@ -168,7 +169,7 @@ bool minor_by_inverse(MatrixView<const S> A, Index rank, double tolerance, std::
 ///
 /// Krylov methods find large values; the small ones of a weight lie too close together for them. Those of R⁻¹, A = Q·R,
 /// are the largest and far apart: a few solves with R bring them out. Each triplet is then checked against A itself,
-/// and when one does not hold (A close to singular) the full SVD is taken, as it is below 128 columns, where it is as
+/// and when one does not hold (A close to singular) the full SVD is taken, as it is below 256 columns, where it is as
 /// fast.
 /// **Shapes** A m×n in f32, f64, bf16 or f16, any order; U m×rank, S rank descending, V n×rank: the last `rank` of the
 /// min(m, n) triplets of the thin SVD. **Throws** ArgumentError: rank or tolerance out of range; NonFiniteError.
@@ -199,7 +200,7 @@ MinorSvd<arithmetic_of<scalar_of<X>>> minor_svd(X&& matrix, Index rank, const Mi
     for (double& r : out.residuals) r /= scale;
     return out;
   }
-  if (options.full || std::min(A.rows(), A.cols()) < 128 || 4 * rank > std::min(A.rows(), A.cols()))
+  if (options.full || std::min(A.rows(), A.cols()) < 256 || 4 * rank > std::min(A.rows(), A.cols()))
     return detail::minor_by_full_svd<T, S>(A, rank);
   MinorSvd<T> out;
   if (A.rows() >= A.cols()) {

@@ -6,6 +6,7 @@
 #include <numbers>
 #include <vector>
 
+#include "lowrank/linalg/svd_result.hpp"
 #include "lowrank/spectrum/metrics.hpp"
 
 namespace lowrank {
@@ -22,6 +23,8 @@ struct SpectrumBounds {
 struct SpectrumKnowledge {
   /// Every singular value given is within this of the true one (absolute, the unit of the matrix).
   double error = 0;
+  /// The same for each value by itself, as many as there are values; empty: `error` for all.
+  std::span<const double> errors = {};
   /// ‖W‖_F when it is known by itself, from the elements; negative: only from the values. Required when the values are
   /// not all min(m, n).
   double frobenius = -1;
@@ -142,19 +145,26 @@ SpectrumBounds spectrum_bounds(const S& sigma, Index rows, Index cols, const Spe
   const auto estimate = spectrum_metrics(sigma, rows, cols, known.eps);  // checks the values and their number
   if (!(known.error >= 0) || !std::isfinite(known.error))
     throw ArgumentError(detail::text("spectrum_bounds: error must be finite and not negative, got ", known.error));
+  if (!known.errors.empty() && known.errors.size() != s.size())
+    throw ShapeError(detail::text("spectrum_bounds: ", s.size(), " values came with ", known.errors.size(), " errors"));
+  for (const double e : known.errors)
+    if (!(e >= 0) || !std::isfinite(e))
+      throw ArgumentError(detail::text("spectrum_bounds: errors must be finite and not negative, got ", e));
+  const auto error = [&](std::size_t i) { return known.errors.empty() ? known.error : known.errors[i]; };
   const Index N = std::min(rows, cols), k = Index(s.size());
   const bool total_known = known.frobenius >= 0;
   if (k < N && !total_known)
     throw ArgumentError(detail::text("spectrum_bounds: ", k, " of ", N, " singular values need the Frobenius norm"));
   if (N == 0) return out;
-  const double unit = k > 0 ? double(s[0]) + known.error : known.frobenius;
+  const double unit = k > 0 ? double(s[0]) + error(0) : known.frobenius;
   if (unit == 0) return out;
 
   detail::SpectrumBox b;
   detail::Interval head;
-  for (const auto x : s) {
-    b.lo.push_back(std::max(0.0, double(x) - known.error) / unit);
-    b.hi.push_back((double(x) + known.error) / unit);
+  for (std::size_t i = 0; i < s.size(); ++i) {
+    const double x = double(s[i]), e = error(i);
+    b.lo.push_back(std::max(0.0, x - e) / unit);
+    b.hi.push_back(std::min(x + e, unit) / unit);
     head.lo += b.lo.back() * b.lo.back();
     head.hi += b.hi.back() * b.hi.back();
   }
@@ -220,6 +230,14 @@ SpectrumBounds spectrum_bounds(const S& sigma, Index rows, Index cols, const Spe
   hi.condition_number = k == N && b.lo.back() > 0 ? top_hi / b.lo.back() : std::numeric_limits<double>::infinity();
   lo.condition_number = std::max(lo.condition_number, 1.0);
   return out;
+}
+
+/// As above from what singular_values returned, each value with its own error.
+inline SpectrumBounds spectrum_bounds(const SingularValues& sigma, Index rows, Index cols,
+                                      double eps = std::numeric_limits<float>::epsilon()) {
+  std::vector<double> errors(sigma.values.size());
+  for (std::size_t i = 0; i < errors.size(); ++i) errors[i] = sigma.error(Index(i));
+  return spectrum_bounds(sigma.values, rows, cols, {.errors = errors, .eps = eps});
 }
 
 }  // namespace lowrank

@@ -91,8 +91,12 @@ std::vector<double> vector_errors(const TruncatedSvd<T>& t, Index full) {
   const double floor = double(k) * double(std::numeric_limits<T>::epsilon()) * (k > 0 ? double(t.S[0]) : 0);
   for (Index i = 0; i < k; ++i) {
     if (i + 1 == k && k < full) break;
-    double gap = i > 0 ? double(t.S[std::size_t(i - 1)]) - double(t.S[std::size_t(i)]) : INFINITY;
-    if (i + 1 < k) gap = std::min(gap, double(t.S[std::size_t(i)]) - double(t.S[std::size_t(i + 1)]));
+    // A neighbour may be nearer than it looks, by its own residual.
+    const auto distance = [&](Index a, Index b) {
+      return double(t.S[std::size_t(a)]) - double(t.S[std::size_t(b)]) - t.residuals[std::size_t(a == i ? b : a)];
+    };
+    double gap = i > 0 ? distance(i - 1, i) : INFINITY;
+    if (i + 1 < k) gap = std::min(gap, distance(i, i + 1));
     if (k == full) gap = std::min(gap, double(t.S[std::size_t(i)]));  // the null space is a neighbour too
     const double residual = std::max(t.residuals[std::size_t(i)], floor);
     error[std::size_t(i)] = gap > residual ? std::min(1.0, 2 * residual / gap) : 1.0;
@@ -249,7 +253,9 @@ class IntruderSearch {
     }
     const double margin = o_.epsilon - limit;
     for (std::size_t j = 0; j < m.nodes.size(); ++j) {
-      if (!(m.residuals[j] <= 1e-9 * scale)) continue;
+      // Converged, and by so much that only singular values of W which agree to some 1e-5 could share this energy. Far
+      // below σ₁ the squares of all values crowd together: there a pair says nothing.
+      if (!(std::max(m.residuals[j], 1e-14 * scale) <= 1e-6 * m.nodes[j])) continue;
       const double cosine = std::sqrt(share(j));
       verdict(i).cosine = std::max(verdict(i).cosine, std::min(1.0, cosine));
       if (cosine - margin >= o_.epsilon) {
@@ -263,7 +269,8 @@ class IntruderSearch {
   /// What the peers do for every vector: both full decompositions.
   void compare_all(const Matrix<T>& tuned) {
     report_.used_full_svd = true;
-    const Svd<T> base = svd<T>(Matrix<T>(W_).view()), own = svd<T>(tuned.view());
+    const Matrix<T> wide(W_);
+    const Svd<T> base = svd(wide), own = svd(tuned);
     const Matrix<T> C = multiply<T>(base.U.view().transposed(), own.U.view().middle_cols(0, k_));
     for (Index i = 0; i < k_; ++i) {
       double best = 0;

@@ -32,10 +32,10 @@ struct CodebookOptions {
 /// An immutable table of at most 256 levels with the decision thresholds between them.
 ///
 /// **Scale** levels lie in [−1, 1] and are multiplied by the largest magnitude of their block. **Numerics** the
-/// threshold between two neighbours is their midpoint rounded to float, and a value on it goes to the lower code; so
-/// NF4 codes are those of bitsandbytes' kernels bit for bit, whose sixteen literals these midpoints are. A code that
-/// stands for nothing (a table of 7 levels has one in 3 bits) decodes to the largest level: no byte is undefined.
-/// **Cost** some 4 KiB each; cheap to copy beside a weight.
+/// threshold between two neighbours is their midpoint rounded to float, and a value on it goes to the lower code; NF4
+/// has the thresholds of bitsandbytes' kernel, which are those midpoints written out, four of them off by one unit in
+/// the last place. A code that stands for nothing (a table of 7 levels has one in 3 bits) decodes to the largest level:
+/// no byte is undefined. **Cost** some 4 KiB each; cheap to copy beside a weight.
 class Codebook {
  public:
   /// A table of the caller's. **Throws** ArgumentError unless it has 2 … 256 finite, strictly ascending levels within
@@ -65,7 +65,15 @@ class Codebook {
                                                   0.5626170039176941F,
                                                   0.7229568362236023F,
                                                   1.0F};
-    return Codebook(levels, {.name = "nf4"});
+    // The decimals bitsandbytes compares with, read as floats: midpoints, but for how four of them round.
+    static constexpr std::array<float, 15> thresholds{
+        -0.8480964004993439F,  -0.6106329262256622F,  -0.4599952697753906F,   -0.33967943489551544F,
+        -0.23460740596055984F, -0.13791173323988914F, -0.045525018125772476F, 0.03979014977812767F,
+        0.1202552504837513F,   0.2035212516784668F,   0.2920137718319893F,    0.3893125355243683F,
+        0.5016634166240692F,   0.6427869200706482F,   0.8614784181118011F};
+    Codebook c(levels, {.name = "nf4"});
+    c.thresholds_.assign(thresholds.begin(), thresholds.end());
+    return c;
   }
   static Codebook nf2() { return normal_float(2); }
   static Codebook nf3() { return normal_float(3); }

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Ways to adapt a trained base, as recipes: full fine-tuning, LoRA, PiSSA, QLoRA, …; and what each did to the weights.
+#pragma once
+
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "model.hpp"
+
+namespace llama {
+
+struct MethodOptions {
+  Index rank = 8;
+  double alpha = 16;
+  bool rank_stabilised = false;  ///< s = α/√r instead of α/r
+  double dropout = 0;
+  std::string targets = "all-linear";  ///< lowrank::TargetOptions: a preset, names, or a regular expression
+  std::vector<std::string>
+      train_fully;  ///< kinds trained in full beside the adapters: "norm", "embed_tokens", "lm_head", …
+  std::uint64_t seed = 0;
+};
+
+/// What --method takes, with a line about each.
+struct MethodInfo {
+  std::string name, what;
+  double learning_rate;  ///< default peak; docs/demo.md says how it was chosen
+};
+const std::vector<MethodInfo>& known_methods();
+
+/// One adaptation of one base. The base's weights must outlive it and the models made from it.
+class Adaptation {
+ public:
+  /// Throws lowrank::ArgumentError for an unknown method (naming the known ones), targets that match nothing, a rank
+  /// above what a target allows.
+  Adaptation(const ModelConfig& config, const Weights<float>& base, const std::string& method,
+             const MethodOptions& options);
+
+  /// Says which layer each weight becomes; hand it to a Model.
+  [[nodiscard]] Recipe<float> recipe();
+  [[nodiscard]] const std::string& method() const { return method_; }
+  /// "adapting 28 of 30 modules (…)".
+  [[nodiscard]] const std::string& summary() const { return summary_; }
+
+  /// The singular values of ΔW = W' − W₀ of every module that was trained, W₀ what it stood for at the start: the
+  /// base's own weight, or for a quantised base with its adapter what those two add up to.
+  struct Change {
+    std::string module, kind;
+    Index rows = 0, cols = 0;
+    std::vector<double> sigma;
+    double relative_norm = 0;  ///< ‖ΔW‖_F / ‖W‖_F
+  };
+  [[nodiscard]] std::vector<Change> changes(Model<float>& model) const;
+
+  /// That ΔW of every adapter, as factors. A and B as trained, where B started at zero; else the difference to the
+  /// start, of twice the rank, so that the adapter of a residual base (PiSSA) becomes one of the base's own weight.
+  [[nodiscard]] std::map<std::string, lowrank::LoraFactors<float>> factors(Model<float>& model) const;
+
+  [[nodiscard]] const MethodOptions& options() const { return options_; }
+  /// Whether the method stores its base in few bits: its adapter belongs to that base and no other.
+  [[nodiscard]] bool quantises() const { return bits_ > 0; }
+  /// Mean bytes a weight of the adapted modules' base takes.
+  [[nodiscard]] double bytes_per_weight() const { return weights_ > 0 ? bytes_ / weights_ : 4; }
+
+ private:
+  LinearLayer<float> adapt(const std::string& module, const lowrank::Matrix<float>& W);
+  LinearLayer<float> adapt_quantised(const std::string& module, const lowrank::Matrix<float>& W);
+  [[nodiscard]] bool trains_fully(const std::string& module) const;
+
+  ModelConfig config_;
+  const Weights<float>* base_;
+  std::string method_, summary_;
+  int bits_ = 0;
+  double bytes_ = 0, weights_ = 0;
+  MethodOptions options_;
+  std::set<std::string> targets_;
+  std::map<std::string, lowrank::LoraFactors<float>> start_;  // where they did not start at zero
+};
+
+/// A number that depends on the module's name alone: its stream of random numbers, whatever order modules come in.
+std::uint64_t stream_of(const std::string& module);
+
+/// Every weight trained: how the base itself is made.
+Recipe<float> train_everything();
+
+}  // namespace llama

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "report.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <filesystem>
+
+#include "lowrank/io/file.hpp"
+#include "lowrank/spectrum/metrics.hpp"
+#include "lowrank/spectrum/noise.hpp"
+
+namespace llama {
+namespace {
+
+std::string format(const char* pattern, ...) {
+  va_list arguments;
+  va_start(arguments, pattern);
+  char buffer[512];
+  std::vsnprintf(buffer, sizeof buffer, pattern, arguments);
+  va_end(arguments);
+  return buffer;
+}
+
+double median(std::vector<double> v) {
+  std::sort(v.begin(), v.end());
+  const std::size_t n = v.size();
+  return n == 0 ? std::nan("") : (v[(n - 1) / 2] + v[n / 2]) / 2;
+}
+
+/// The changes of one kind of module.
+struct KindRanks {
+  std::string kind;
+  Index rows = 0, cols = 0;
+  std::vector<double> r90, relative_norm;
+};
+
+std::vector<KindRanks> by_kind(const std::vector<Adaptation::Change>& changes) {
+  std::vector<KindRanks> kinds;
+  for (const auto& c : changes) {
+    if (c.rows == 1) continue;  // a norm's weight is a vector
+    auto at = std::find_if(kinds.begin(), kinds.end(), [&](const KindRanks& k) { return k.kind == c.kind; });
+    if (at == kinds.end()) at = kinds.insert(kinds.end(), {c.kind, c.rows, c.cols, {}, {}});
+    at->r90.push_back(double(lowrank::energy_rank(c.sigma, 0.9)));
+    at->relative_norm.push_back(c.relative_norm);
+  }
+  return kinds;
+}
+
+Index noise_r90(Index rows, Index cols) { return lowrank::energy_rank(lowrank::noise_spectrum(rows, cols, 1), 0.9); }
+
+std::string parameters_text(Index n) {
+  return n >= 1000000 ? format("%.2f M", double(n) * 1e-6)
+         : n >= 1000  ? format("%.1f k", double(n) * 1e-3)
+                      : format("%td", n);
+}
+
+}  // namespace
+
+void print_losses(const std::vector<Result>& results, bool with_source) {
+  const Result& base = results.front();
+  std::printf(
+      "\nLoss in nats a token on held-out text; bits a byte = loss / ln 2. Forgetting is the rise on the old "
+      "domain.\n\n");
+  std::printf("  %-12s %12s %10s %10s %11s %10s %9s %9s\n", "method", "trainable", "lr", "new domain", "old domain",
+              "forgetting", "ms/step", "tokens/s");
+  for (const Result& r : results) {
+    const bool is_base = &r == &base;
+    std::printf("  %-12s %12s %10s %10.3f %11s %10s %9s %9s\n", r.method.c_str(),
+                is_base ? "-" : parameters_text(r.trainable).c_str(),
+                is_base ? "-" : format("%.2g", r.learning_rate).c_str(), r.target_loss,
+                with_source ? format("%.3f", r.source_loss).c_str() : "-",
+                with_source && !is_base ? format("%+.3f", r.source_loss - base.source_loss).c_str() : "-",
+                is_base ? "-" : format("%.1f", r.training.step_ms).c_str(),
+                is_base ? "-" : format("%.0f", r.training.tokens_per_second).c_str());
+  }
+}
+
+void print_ranks(const std::vector<Result>& results, Index rank) {
+  std::vector<std::vector<KindRanks>> tables;
+  for (const Result& r : results) tables.push_back(by_kind(r.changes));
+  const auto widest =
+      std::max_element(tables.begin(), tables.end(), [](const auto& a, const auto& b) { return a.size() < b.size(); });
+  if (widest == tables.end() || widest->empty()) return;
+  std::printf(
+      "\nr90: singular values that hold 90 %% of the energy of dW (median over layers). Adapter rank %td; 'noise' is "
+      "the r90 of\n"
+      "iid noise of that shape, which any update has to stay below before its rank says something.\n\n",
+      rank);
+  std::printf("  %-12s %11s %7s", "module", "shape", "noise");
+  for (std::size_t i = 0; i < results.size(); ++i)
+    if (!tables[i].empty()) std::printf(" %10s", results[i].method.c_str());
+  std::printf("\n");
+  for (const KindRanks& k : *widest) {
+    std::printf("  %-12s %11s %7td", k.kind.c_str(), format("%tdx%td", k.rows, k.cols).c_str(),
+                noise_r90(k.rows, k.cols));
+    for (const auto& table : tables) {
+      if (table.empty()) continue;
+      const auto at = std::find_if(table.begin(), table.end(), [&](const KindRanks& o) { return o.kind == k.kind; });
+      std::printf(" %10s", at == table.end() ? "-" : format("%g", median(at->r90)).c_str());
+    }
+    std::printf("\n");
+  }
+}
+
+void write_files(const std::string& directory, const std::vector<Result>& results, Index rank) {
+  std::error_code error;
+  std::filesystem::create_directories(directory, error);
+  if (error) throw lowrank::IoError(directory, "cannot be created: " + error.message());
+  std::string table =
+      "method,learning_rate,trainable_parameters,new_domain_loss,old_domain_loss,forgetting,first_loss,init_s,train_s,"
+      "ms_per_step,"
+      "tokens_per_s\n";
+  std::string ranks = "method,module,rows,cols,r90,noise_r90,adapter_rank,relative_norm\n",
+              losses = "method,step,loss\n";
+  for (const Result& r : results) {
+    table += format("%s,%g,%td,%.6f,%.6f,%.6f,%.6f,%.3f,%.3f,%.3f,%.1f\n", r.method.c_str(), r.learning_rate,
+                    r.trainable, r.target_loss, r.source_loss, r.source_loss - results.front().source_loss,
+                    r.first_loss, r.init_seconds, r.training.seconds, r.training.step_ms, r.training.tokens_per_second);
+    for (const auto& c : r.changes)
+      ranks += format("%s,%s,%td,%td,%td,%td,%td,%.6g\n", r.method.c_str(), c.module.c_str(), c.rows, c.cols,
+                      lowrank::energy_rank(c.sigma, 0.9), noise_r90(c.rows, c.cols), rank, c.relative_norm);
+    for (std::size_t step = 0; step < r.training.losses.size(); ++step)
+      losses += format("%s,%zu,%.6f\n", r.method.c_str(), step, r.training.losses[step]);
+  }
+  const std::string base = directory + "/";
+  lowrank::io::write_text(base + "results.csv", table);
+  lowrank::io::write_text(base + "ranks.csv", ranks);
+  lowrank::io::write_text(base + "losses.csv", losses);
+  std::printf("\nWritten: %sresults.csv, %sranks.csv, %slosses.csv\n", base.c_str(), base.c_str(), base.c_str());
+}
+
+}  // namespace llama

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// The training loop: batches in, AdamW on the model's one flat block, loss and speed out; Ctrl-C ends it between steps.
+#pragma once
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "lowrank/optim/adamw.hpp"
+#include "lowrank/optim/clip.hpp"
+#include "lowrank/optim/schedule.hpp"
+#include "model.hpp"
+
+namespace llama {
+
+/// Thrown between two steps after Ctrl-C. Nothing is being written then.
+struct Interrupted : std::runtime_error {
+  Interrupted() : std::runtime_error("interrupted") {}
+};
+
+/// Installs the SIGINT and SIGTERM handlers; they only set a flag.
+void watch_for_interrupts();
+/// Throws Interrupted if a signal came.
+void throw_if_interrupted();
+
+/// One line that shows how far a run is: a bar that redraws itself on a terminal, a plain line now and then elsewhere.
+class Progress {
+ public:
+  /// Shows `label`; a step is `tokens_per_step` tokens.
+  Progress(std::string label, Index steps, Index tokens_per_step);
+  ~Progress();
+  /// After step `done` (1-based) with its loss.
+  void update(Index done, double loss);
+
+ private:
+  void draw(Index done, double loss, bool last);
+  std::string label_;
+  Index steps_, tokens_per_step_;
+  bool terminal_, open_ = false;
+  double start_, drawn_ = 0, smoothed_ = 0;
+};
+
+struct TrainOptions {
+  std::string label = "training";
+  Index steps = 100;
+  Index batch = 8, window = 128;  ///< a step sees batch·window tokens
+  double learning_rate = 1e-3;    ///< peak of a cosine that ends at a tenth of it
+  double warmup = 0.05;           ///< share of the steps
+  double weight_decay = 0;
+  double clip = 1;
+  double lora_plus = 1;  ///< lr_B / lr_A
+  std::uint64_t seed = 0;
+};
+
+struct TrainResult {
+  double seconds = 0;
+  double step_ms = 0;            ///< median
+  double tokens_per_second = 0;  ///< of the median step
+  std::vector<double> losses;    ///< of each step's batch, before the step
+};
+
+/// Trains what is trainable in the model. Throws lowrank::NonFiniteError when a gradient blows up, Interrupted after
+/// Ctrl-C.
+TrainResult train(Model<float>& model, const std::vector<Token>& tokens, const TrainOptions& options);
+
+/// Mean loss in nats a token over at most `windows` windows spread evenly over the tokens.
+double evaluate(Model<float>& model, const std::vector<Token>& tokens, Index window, Index windows = 256);
+
+/// `count` more tokens, drawn at the given temperature, the same for the same seed.
+std::vector<Token> generate(Model<float>& model, std::vector<Token> prompt, Index count, Index window,
+                            double temperature, std::uint64_t seed);
+
+}  // namespace llama

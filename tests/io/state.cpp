@@ -158,7 +158,7 @@ TEST_CASE("a damaged 4-bit state is refused by name") {
   refuses(
       [&](V& v) {
         auto& t = find(v, ".quant_map");
-        t.bytes[0] = std::byte(1);
+        t.bytes[3] = std::byte(0x3f);  // +1 in place of -1
       },
       {"quant_map"});
   refuses(

@@ -26,7 +26,10 @@ has_option() {  # whether an option is among the arguments, as --name or --name=
 }
 has_header() {
   local header=$1 folder
-  for folder in /usr/include /usr/local/include /opt/homebrew/include ${CPLUS_INCLUDE_PATH//:/ } ${CMAKE_PREFIX_PATH:+${CMAKE_PREFIX_PATH//:/\/include }/include}; do
+  local -a folders=(/usr/include /usr/local/include)
+  if [[ -n ${CPLUS_INCLUDE_PATH:-} ]]; then IFS=: read -r -a more <<< "$CPLUS_INCLUDE_PATH" && folders+=("${more[@]}"); fi
+  if [[ -n ${CMAKE_PREFIX_PATH:-} ]]; then IFS=: read -r -a more <<< "$CMAKE_PREFIX_PATH" && folders+=("${more[@]/%//include}"); fi
+  for folder in "${folders[@]}"; do
     if [[ -e $folder/$header ]]; then return 0; fi
   done
   return 1

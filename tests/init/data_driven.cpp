@@ -50,7 +50,7 @@ Matrix<double> solve(const Matrix<double>& C, const Matrix<double>& X) {
 TEST_CASE("activation covariance: batches add up to the whole") {
   const Matrix<double> X = activations<double>(70, 12, 1);
   ActivationCovariance<double> once(12), batches(12);
-  once.add(X.view());
+  once.add(X);
   batches.add(X.view().middle_rows(0, 30));
   batches.add(X.view().middle_rows(30, 0));
   const Matrix<double> rest(X.view().middle_rows(30, 40).transposed());
@@ -212,7 +212,7 @@ TEST_CASE("eva: bad input") {
   ActivationSvd<float> stream(10, {.components = 4});
   CHECK_THROWS_AS((void)eva(20, stream, {.rank = 1}), ArgumentError);  // nothing seen yet
   const Matrix<float> X = activations<float>(3, 10, 1);
-  stream.add(X.view());
+  stream.add(X);
   CHECK_THROWS_WITH_AS((void)eva(20, stream, {.rank = 4}),
                        "eva: rank must not exceed the 3 directions found in 3 tokens, got 4", ArgumentError);
   CHECK_THROWS_AS((void)eva(2, stream, {.rank = 3}), ArgumentError);

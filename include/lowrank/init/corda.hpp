@@ -21,7 +21,9 @@ class ActivationCovariance {
   }
 
   /// Adds a batch. **Shapes** X tokens×in, any order. **Throws** ShapeError; NonFiniteError, before anything is added.
-  void add(MatrixView<const T> X) {
+  template <MatrixOf<const T> Batch>
+  void add(Batch&& batch) {
+    const MatrixView<const T> X = view_of(batch);
     detail::expect_shape("ActivationCovariance::add", "X", X.rows(), X.cols(), X.rows(), sum_.cols());
     detail::expect_finite("ActivationCovariance::add", "X", X);
     if (X.rows() == 0) return;

@@ -41,7 +41,9 @@ class ActivationSvd {
   }
 
   /// Takes in a batch. **Throws** ShapeError; NonFiniteError, before anything has changed.
-  void add(MatrixView<const T> X) {
+  template <MatrixOf<const T> Batch>
+  void add(Batch&& batch) {
+    const MatrixView<const T> X = view_of(batch);
     const Index n = in_features(), t = X.rows();
     detail::expect_shape("ActivationSvd::add", "X", t, X.cols(), t, n);
     detail::expect_finite("ActivationSvd::add", "X", X);

@@ -9,6 +9,7 @@
 #include <limits>
 #include <optional>
 
+#include "lowrank/linalg/golub_kahan.hpp"
 #include "lowrank/linalg/sided_operator.hpp"
 #include "lowrank/linalg/small_svd.hpp"
 #include "lowrank/linalg/symmetric_eigen.hpp"
@@ -25,11 +26,16 @@ class BlockKrylov {
 
   TruncatedSvd<T> run(MatrixView<const T> start) {
     result_.total_energy = energy_of(A_);
+    // So few singular values that the space of the shorter side is taken whole: the answer is exact.
     const Index shorter = std::min<Index>(A_.rows(), A_.cols());
     if (shorter <= std::max<Index>(48, 3 * k_)) return whole_space();
     prepare(start);
-    if (first_norm_ == 0 && result_.total_energy == 0) return finish();
-    iterate();
+    if (first_norm_ > 0) {
+      iterate();
+    } else {  // A·X = 0 for random X: A is zero
+      deficit_ = 0;
+      energy_met_ = residual_met_ = true;
+    }
     return finish();
   }
 
@@ -41,7 +47,8 @@ class BlockKrylov {
   static double energy_of(const Op& A) {
     if constexpr (HasFrobeniusNorm<Op>) {
       const double sum = A.frobenius_norm_squared();
-      if (!std::isfinite(sum) && std::same_as<T, float>)
+      // Squares of finite doubles may overflow; those of floats do not.
+      if (std::isnan(sum) || (std::isinf(sum) && std::same_as<T, float>))
         throw NonFiniteError("truncated_svd: the matrix holds NaN or infinity");
       return sum;
     } else {
@@ -49,42 +56,41 @@ class BlockKrylov {
     }
   }
 
-  /// Few singular values in all: the basis is the whole space of the shorter side, and the answer exact.
   TruncatedSvd<T> whole_space() {
     M_ = SidedOperator<T, Op>(A_, A_.cols() <= A_.rows() ? GramSide::right : GramSide::left, "truncated_svd");
     const Index n = M_.domain();
-    block_ = n;
-    basis_.emplace(n, n, CounterRng(options_.seed));
-    const MatrixView<T> I = basis_->next(n);
-    for (Index i = 0; i < n; ++i)
-      for (Index j = 0; j < n; ++j) I(i, j) = T(i == j);
-    basis_->resize(n);
-    Y_.resize(n, M_.range());
-    M_.settle_scale(I, Y_.view());
+    block_ = basis_size_ = n;
+    Matrix<T> I(n, n), Y(n, M_.range());
+    for (Index i = 0; i < n; ++i) I(i, i) = T(1);
+    M_.settle_scale(I.view(), Y.view());
+    deficit_ = 0;
     energy_met_ = residual_met_ = true;
-    vectors_.resize(n, n);
-    vectors_.set_zero();
-    for (Index i = 0; i < n; ++i) vectors_(i, i) = 1;
-    return finish();
+    decompose(std::move(I), std::move(Y));
+    return deliver();
   }
 
   void prepare(MatrixView<const T> start) {
     const Index n = M_.domain(), widest = std::min<Index>(n, M_.range());
-    const bool warm = !start.empty();
+    const bool warm = warm_ = !start.empty();
     if (options_.block > 0)
       block_ = options_.block;
     else if (warm)
       block_ = start.cols() + (options_.oversampling > 0 ? options_.oversampling : 4);
     else
       block_ = k_ <= 32 ? 4 : k_ <= 80 ? 8 : 16;
-    block_ = std::min(block_, std::max<Index>(1, widest / 4));
+    block_ = std::min(block_, std::max<Index>(1, warm ? widest / 2 : widest / 4));
     // Beyond min(m, n) directions there are only zeros left to find, up to what the start had outside of the row space.
     const Index full = std::min(n, widest + block_);
-    capacity_ = options_.max_basis > 0 ? std::max(options_.max_basis, k_ + 2 * block_) : 6 * k_ + 384 + 2 * block_;
+    // A larger basis needs fewer passes, a smaller one cheaper eigenproblems; this is where they balance.
+    capacity_ = options_.max_basis > 0 ? std::max(options_.max_basis, k_ + 2 * block_)
+                                       : std::max<Index>(144, 2 * k_ + 12 * block_);
     capacity_ = std::min(capacity_, full);
     basis_.emplace(std::min(capacity_ + block_, n), n, CounterRng(options_.seed, 1));
     const MatrixView<T> X = basis_->next(block_);
-    CounterRng(options_.seed).fill_normal(X);
+    parallel_ranges(block_, 1, [&](Index i0, Index i1) {
+      for (Index i = i0; i < i1; ++i)
+        CounterRng(options_.seed).fill_normal(X.middle_rows(i, 1), 0, 1, std::uint64_t(i * n));
+    });
     if (warm) {
       const Index given = std::min(start.cols(), block_);
       if (M_.side() == GramSide::right) {
@@ -101,29 +107,41 @@ class BlockKrylov {
     basis_->accept(block_, C.view(), L.view());
     T_ = Matrix<double>(capacity_ + block_, capacity_ + block_);
     Y_.resize(block_, M_.range());
-    first_norm_ = M_.settle_scale(basis_->rows(0, block_), Y_.view());
+    // A known norm in the safe range settles the scale without a product.
+    const double norm = std::sqrt(result_.total_energy);
+    first_norm_ = M_.safe_norm(norm) ? norm : M_.settle_scale(basis_->rows(0, block_), Y_.view());
   }
 
   void iterate() {
     const Index most = options_.max_passes > 0 ? options_.max_passes : 1000;
-    Index next_check = k_ + block_;
+    // A warm start may be good enough at once; a cold one is not before its basis has outgrown the rank.
+    Index next_check = warm_ ? k_ : std::max(k_ + 4 * block_, k_ + k_ / 2);
     while (true) {
       const bool full = step();
-      const Index d = settled_;
-      if (full || d >= next_check || d + block_ > capacity_ || M_.passes() + 4 > most) {
-        if (d >= k_) {
-          check(full);
-          if (full || (energy_met_ && residual_met_) || M_.passes() + 4 > most) return;
-        }
-        next_check = d + std::max(block_, d / 8 / block_ * block_);
-        if (d + block_ > capacity_) restart();
+      const bool last = full || M_.passes() + 4 > most, crowded = settled_ + block_ > capacity_;
+      if (!last && !crowded && settled_ < next_check) continue;
+      if (settled_ >= k_) {
+        check(full);
+        if (last || (energy_met_ && residual_met_)) return;
+      } else if (last) {
+        return;
       }
+      if (crowded) restart();
+      next_check = settled_ + steps_to_go() * block_;
     }
+  }
+
+  /// Steps until the next look: as many as the tolerances seem to need at the speed of the last ones, else a quarter of
+  /// the basis.
+  [[nodiscard]] Index steps_to_go() const {
+    Index steps = std::max<Index>(1, settled_ / (4 * block_));
+    if (rate_ > 0) steps = std::clamp<Index>(Index(std::ceil(distance_ / rate_)), 1, 2 * steps);
+    return steps;
   }
 
   /// One block step: Z = MᵀM·(last block), its part of T, and the next block. True when the space is exhausted.
   bool step() {
-    const Index d = basis_->count(), b = last_block();
+    const Index d = basis_->count(), b = block_;
     const Index room = M_.domain() - d;
     Z_.resize(b, M_.domain());
     M_.gram(basis_->rows(d - b, b), Y_.view().middle_rows(0, b), Z_.view());
@@ -141,18 +159,18 @@ class BlockKrylov {
     Matrix<double> C(b, d);
     coupling_.resize(b, b);
     coupling_.set_zero();
-    basis_->accept(b, C.view(), coupling_.view());
+    basis_->accept(b, C.view(), coupling_.view(), restarted_ ? 0 : std::max<Index>(0, d - 2 * b));
+    restarted_ = false;
     store_column(d - b, C.view());
     return false;
   }
-  [[nodiscard]] Index last_block() const { return block_; }
 
   template <class C>
   void store_column(Index first, const C& c) {
     for (Index i = 0; i < c.rows(); ++i)
       for (Index j = 0; j < c.cols(); ++j) {
         const double x = double(c(i, j));
-        // The part among the new vectors is computed twice; their mean is symmetric.
+        // The part among the new vectors comes twice; the mean is symmetric.
         if (j >= first)
           T_(first + i, j) = T_(j, first + i) = 0.5 * (x + double(c(j - first, first + i)));
         else
@@ -163,47 +181,73 @@ class BlockKrylov {
   /// Rayleigh–Ritz on the settled part of the basis: Ritz vectors, residual and energy estimates, verdict.
   void check(bool full) {
     const Index d = settled_;
-    const SymmetricEigen eigen = symmetric_eigen(T_.view().block(0, 0, d, d));
-    const double top = std::max(eigen.values[0], 0.0);
-    double energy = 0, worst = 0, moved = 0;
+    eigen_ = symmetric_eigen(T_.view().block(0, 0, d, d));
+    const double top = std::max(eigen_.values[0], 0.0), floor = top * eps;
+    const double next = d > k_ ? std::max(eigen_.values[std::size_t(k_)], 0.0) : 0;
+    double energy = 0, worst = 0, missing = 0;
     for (Index i = 0; i < k_; ++i) {
-      const double theta = std::max(eigen.values[std::size_t(i)], 0.0);
-      energy += theta;
+      const double theta = std::max(eigen_.values[std::size_t(i)], 0.0);
       double square = 0;
       for (Index c = 0; c < block_; ++c) {
-        double r = 0;
-        for (Index l = c; l < block_; ++l) r += eigen.vectors(d - block_ + l, i) * coupling_(l, c);
+        const double r = coupling_to_next(i, c);
         square += r * r;
       }
-      // ‖MᵀM·v − θ·v‖ / √θ is the residual of the triplet.
-      const double r = std::sqrt(square), floor = top * double(std::numeric_limits<T>::epsilon());
-      moved += std::min(r, theta);
+      // ‖MᵀM·v − θ·v‖; divided by √θ, the residual of the triplet.
+      const double r = std::sqrt(square);
+      energy += theta;
+      // A Ritz value is within r of an eigenvalue (Weyl), and about r²/gap below its own (Kato–Temple).
+      missing += std::min(r, square / std::max(theta - next, std::numeric_limits<double>::min()));
       worst = std::max(worst, r / std::sqrt(std::max({theta, floor, std::numeric_limits<double>::min()})));
     }
-    const double sigma = std::sqrt(top);
-    estimate_deficit(energy, energy > 0 ? moved / energy : 0);
-    residual_met_ = full || options_.residual_tolerance == 0 || worst <= options_.residual_tolerance * sigma;
-    energy_met_ = full || options_.energy_tolerance == 0 || deficit_ <= options_.energy_tolerance;
+    const double before = deficit_, relative = top > 0 ? worst / std::sqrt(top) : 0;
+    estimate_deficit(energy, energy > 0 ? missing / energy : 0);
     if (full) deficit_ = 0;
-    vectors_.resize(d, d);
-    for (Index i = 0; i < d; ++i)
-      for (Index j = 0; j < d; ++j) vectors_(i, j) = eigen.vectors(j, i);
-    values_ = eigen.values;
+    // Below some eps the estimates mean nothing; what is left is for the refinement.
+    const double residual_goal = std::max(options_.residual_tolerance, 4 * eps);
+    residual_met_ = full || options_.residual_tolerance == 0 || relative <= residual_goal;
+    energy_met_ = full || options_.energy_tolerance == 0 || deficit_ <= std::max(options_.energy_tolerance, 4 * eps);
+    // How far to go and how fast, on a logarithmic scale, for the slower of the two criteria.
+    const double steps = double(std::max<Index>(1, M_.passes() - pass_of_check_));
+    const auto progress = [&](bool asked, bool met, double was, double is, double goal) {
+      if (!asked || met || !(was > 0) || !(is > 0)) return;
+      const double rate = std::log(was / is) / steps, distance = std::log(is / goal);
+      if (rate_ == 0 || distance * rate_ > distance_ * rate) {
+        rate_ = std::max(rate, 1e-3);
+        distance_ = distance;
+      }
+    };
+    rate_ = distance_ = 0;
+    if (energies_ > 2) progress(true, energy_met_, before, deficit_, std::max(options_.energy_tolerance, 4 * eps));
+    if (energies_ > 1) progress(true, residual_met_, worst_, relative, residual_goal);
+    worst_ = relative;
+    pass_of_check_ = M_.passes();
+    basis_size_ = d;
   }
 
-  /// The energy still missing, from how fast it grew: a geometric series with the ratio of the last two gains a step.
-  void estimate_deficit(double energy, double bound) {
-    deficit_ = bound;  // Weyl: a Ritz value is within its residual of an eigenvalue
+  /// Component of MᵀM·(Ritz vector i) along vector c of the next block.
+  [[nodiscard]] double coupling_to_next(Index i, Index c) const {
+    double r = 0;
+    for (Index l = c; l < block_; ++l) r += eigen_.vectors(settled_ - block_ + l, i) * coupling_(l, c);
+    return r;
+  }
+
+  /// The energy still missing. Once it is small the residuals bound it well (measured: 1 to 4 times the truth); before
+  /// that they miss directions not seen yet, and its growth, as a geometric series through the gains of the last two
+  /// intervals, says more. The larger of the two then.
+  void estimate_deficit(double energy, double from_residuals) {
+    deficit_ = from_residuals;
+    const double steps = double(std::max<Index>(1, M_.passes() - pass_of_check_));
     if (energies_ >= 1 && energy > 0) {
-      const double steps = double(M_.passes() - pass_of_energy_);
-      const double gain = std::max(0.0, (energy - energy_)) / energy / std::max(1.0, steps);
-      double ratio = 0.9;
-      if (energies_ >= 2 && gain_ > 0) ratio = std::clamp(std::pow(gain / gain_, 1 / std::max(1.0, steps)), 0.3, 0.97);
-      if (energies_ >= 2) deficit_ = std::min(deficit_, gain * ratio / (1 - ratio) + 4 * double(eps));
+      const double gain = std::max(0.0, energy - energy_) / energy;
+      if (energies_ >= 2 && gain_ > 0) {
+        const double ratio = std::pow((gain / steps) / (gain_ / steps_), 2 / (steps + steps_));
+        const double decay = std::clamp(std::pow(ratio, steps), 0.0, 0.97);
+        if (from_residuals > 2e-3) deficit_ = std::max(deficit_, gain * decay / (1 - decay));
+      }
       gain_ = gain;
+      steps_ = steps;
     }
     energy_ = energy;
-    pass_of_energy_ = M_.passes();
     ++energies_;
   }
 
@@ -211,94 +255,102 @@ class BlockKrylov {
   void restart() {
     const Index d = settled_, b = block_;
     const Index extra = options_.oversampling > 0 ? options_.oversampling : std::max<Index>(2 * b, k_ / 2);
-    const Index keep = std::min(k_ + extra, d - b);
+    const Index keep = std::min({k_ + extra, d - b, std::max(k_, capacity_ - 3 * b)});
     Matrix<T> Q(keep + b, d + b);
     for (Index i = 0; i < keep; ++i)
-      for (Index j = 0; j < d; ++j) Q(i, j) = T(vectors_(i, j));
+      for (Index j = 0; j < d; ++j) Q(i, j) = T(eigen_.vectors(j, i));
     for (Index i = 0; i < b; ++i) Q(keep + i, d + i) = T(1);
     basis_->rotate(Q.view());
-    Matrix<double> arrow(keep, b);
-    for (Index i = 0; i < keep; ++i)
-      for (Index c = 0; c < b; ++c) {
-        double r = 0;
-        for (Index l = c; l < b; ++l) r += vectors_(i, d - b + l) * coupling_(l, c);
-        arrow(i, c) = r;
-      }
     T_.set_zero();
     for (Index i = 0; i < keep; ++i) {
-      T_(i, i) = values_[std::size_t(i)];
-      for (Index c = 0; c < b; ++c) T_(i, keep + c) = T_(keep + c, i) = arrow(i, c);
+      T_(i, i) = eigen_.values[std::size_t(i)];
+      for (Index c = 0; c < b; ++c) T_(i, keep + c) = T_(keep + c, i) = coupling_to_next(i, c);
     }
+    settled_ = keep;
+    restarted_ = true;
   }
 
   /// The triplets from the Ritz vectors: Y = M·V is decomposed anew, so that squares of singular values play no part in
-  /// them.
+  /// them; where the squares kept small singular vectors from converging, those are refined.
   TruncatedSvd<T> finish() {
-    const Index n = M_.domain(), m = M_.range();
-    Matrix<T> V(k_, n), Y(k_, m), Z(k_, n);
-    const bool whole = !vectors_.empty() && vectors_.rows() == n && basis_->count() == n && Y_.rows() == n;
-    if (whole) return finish_whole();
-    const Index d = vectors_.rows();
+    const Index n = M_.domain(), d = Index(eigen_.values.size());
+    Matrix<T> V(k_, n);
     if (d >= k_) {
       Matrix<T> Q(k_, d);
       for (Index i = 0; i < k_; ++i)
-        for (Index j = 0; j < d; ++j) Q(i, j) = T(vectors_(i, j));
-      basis_->resize(d);
-      gemm(T(1), Q.view(), basis_->view(), V.view());
-    } else {
+        for (Index j = 0; j < d; ++j) Q(i, j) = T(eigen_.vectors(j, i));
+      gemm(T(1), Q.view(), basis_->rows(0, d), V.view());
+    } else {  // stopped before there were k vectors: those there are, and random ones
       CounterRng(options_.seed, 2).fill_normal(V.view());
+      const MatrixView<const T> have = basis_->view().middle_rows(0, std::min(k_, basis_->count()));
+      std::copy_n(have.data(), have.size(), V.data());
     }
-    orthonormalize(V.view().transposed());
-    M_.forward(V.view(), Y.view());
-    return decompose(std::move(V), std::move(Y));
+    refresh_orthonormal(V.view());
+    take(V);
+    const Index most = options_.max_passes > 0 ? options_.max_passes : 1000;
+    if (options_.residual_tolerance > 0 && residual_met_ && !triplets_met() && M_.passes() + 8 < most) {
+      GolubKahan<T, Op>::refine(M_, V, options_.residual_tolerance, most, options_.seed);
+      refresh_orthonormal(V.view());
+      take(V);
+    }
+    return deliver();
   }
-  TruncatedSvd<T> finish_whole() {
-    Matrix<T> V(basis_->view());
-    return decompose(std::move(V), std::move(Y_));
+
+  void take(const Matrix<T>& V) {
+    Matrix<T> Y(V.rows(), M_.range());
+    M_.forward(V.view(), Y.view());
+    decompose(V, std::move(Y));
   }
 
   /// SVD of Y = M·V (vectors in rows), truncated to k, with the residuals measured.
-  TruncatedSvd<T> decompose(Matrix<T> V, Matrix<T> Y) {
+  void decompose(Matrix<T> V, Matrix<T> Y) {
     const Index w = V.rows(), n = V.cols(), m = Y.cols();
     Matrix<T> R(w, w);
     thin_qr_in_place(Y.view().transposed(), R.view());
     const Svd<double> inner = small_svd<double>(Matrix<double>(R.view()).view());
-    Matrix<T> P(w, k_), Q(w, k_);
+    Matrix<T> P(w, k_), Q(w, k_), Z(k_, n);
     for (Index i = 0; i < w; ++i)
       for (Index j = 0; j < k_; ++j) {
         P(i, j) = T(inner.U(i, j));
         Q(i, j) = T(inner.V(i, j));
       }
-    Matrix<T> Ut(k_, m), Vt(k_, n), Z(k_, n);
-    gemm(T(1), P.view().transposed(), Y.view(), Ut.view());
-    gemm(T(1), Q.view().transposed(), V.view(), Vt.view());
-    M_.adjoint(Ut.view(), Z.view());
-    const double scale = M_.scale();
-    result_.residuals.resize(std::size_t(k_));
-    result_.S.resize(std::size_t(k_));
-    double captured = 0, worst = 0;
+    left_.resize(k_, m);
+    right_.resize(k_, n);
+    gemm(T(1), P.view().transposed(), Y.view(), left_.view());
+    gemm(T(1), Q.view().transposed(), V.view(), right_.view());
+    M_.adjoint(left_.view(), Z.view());
+    sigma_.assign(inner.S.begin(), inner.S.begin() + k_);
+    residual_.assign(std::size_t(k_), 0.0);
     for (Index i = 0; i < k_; ++i) {
-      const double sigma = inner.S[std::size_t(i)];
+      const double sigma = sigma_[std::size_t(i)];
       double square = 0;
       for (Index j = 0; j < n; ++j) {
-        const double r = double(Z(i, j)) - sigma * double(Vt(i, j));
+        const double r = double(Z(i, j)) - sigma * double(right_(i, j));
         square += r * r;
       }
-      worst = std::max(worst, std::sqrt(square));
-      result_.residuals[std::size_t(i)] = std::sqrt(square) / scale;
-      result_.S[std::size_t(i)] = T(sigma / scale);
-      captured += (sigma / scale) * (sigma / scale);
+      residual_[std::size_t(i)] = std::sqrt(square);
     }
-    if (options_.residual_tolerance > 0) residual_met_ = worst <= options_.residual_tolerance * inner.S[0];
-    result_.captured_energy = captured;
+  }
+
+  [[nodiscard]] bool triplets_met() const {
+    return *std::max_element(residual_.begin(), residual_.end()) <= options_.residual_tolerance * sigma_[0];
+  }
+
+  TruncatedSvd<T> deliver() {
+    for (Index i = 0; i < k_; ++i) {
+      const double sigma = M_.unscaled(sigma_[std::size_t(i)]);
+      result_.S.push_back(T(sigma));
+      result_.residuals.push_back(M_.unscaled(residual_[std::size_t(i)]));
+      result_.captured_energy += sigma * sigma;
+    }
     result_.energy_deficit = deficit_;
     result_.passes = M_.passes();
     result_.block = block_;
-    result_.basis = vectors_.rows();
-    result_.converged = energy_met_ && residual_met_;
+    result_.basis = basis_size_;
+    result_.converged = energy_met_ && (options_.residual_tolerance == 0 || triplets_met());
     const bool right = M_.side() == GramSide::right;
-    result_.U = Matrix<T>((right ? Ut : Vt).view().transposed());
-    result_.V = Matrix<T>((right ? Vt : Ut).view().transposed());
+    result_.U = Matrix<T>((right ? left_ : right_).view().transposed());
+    result_.V = Matrix<T>((right ? right_ : left_).view().transposed());
     return std::move(result_);
   }
 
@@ -309,12 +361,13 @@ class BlockKrylov {
   TruncatedSvdOptions options_;
   SidedOperator<T, Op> M_;
   std::optional<OrthonormalRows<T>> basis_;
-  Matrix<T> Y_, Z_;
-  Matrix<double> T_, coupling_, vectors_;
-  std::vector<double> values_;
-  Index block_ = 0, capacity_ = 0, settled_ = 0, energies_ = 0, pass_of_energy_ = 0;
-  double first_norm_ = 0, deficit_ = 1, energy_ = 0, gain_ = 0;
-  bool energy_met_ = false, residual_met_ = false;
+  Matrix<T> Y_, Z_, left_, right_;  // the last two: the triplets' vectors, in rows, on M's left and right
+  Matrix<double> T_, coupling_;
+  SymmetricEigen eigen_;
+  std::vector<double> sigma_, residual_;
+  Index block_ = 0, capacity_ = 0, settled_ = 0, basis_size_ = 0, energies_ = 0, pass_of_check_ = 0;
+  double first_norm_ = 0, deficit_ = 1, energy_ = 0, gain_ = 0, steps_ = 1, worst_ = 0, rate_ = 0, distance_ = 0;
+  bool warm_ = false, energy_met_ = false, residual_met_ = false, restarted_ = false;
   TruncatedSvd<T> result_;
 };
 

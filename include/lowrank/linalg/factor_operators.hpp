@@ -98,14 +98,15 @@ class UpdatedOperator {
     const detail::VectorRows<T> y(Y), z(Z);
     Matrix<T> t(r, b), u(r, b);
     gemm(update_.scale(), R, X, t.view());
-    detail::streamed_pass<detail::Pass::gram, T>(source, x.rows(), y.rows(), z.rows(),
-                                                 [&](Index i0, Index count, T* panel) {
-                                                   for (Index i = 0; i < count; ++i)
-                                                     for (Index k = 0; k < r; ++k) {
-                                                       const T l = L(i0 + i, k);
-                                                       for (Index c = 0; c < b; ++c) panel[i * b + c] += l * t(k, c);
-                                                     }
-                                                 });
+    const auto add_update = [&](Index i0, Index count, Index c0, T* panel) {
+      const Index width = std::min(detail::pass_vectors, b - c0);
+      for (Index i = 0; i < count; ++i)
+        for (Index k = 0; k < r; ++k) {
+          const T l = L(i0 + i, k);
+          for (Index c = 0; c < width; ++c) panel[i * detail::pass_vectors + c] += l * t(k, c0 + c);
+        }
+    };
+    detail::streamed_pass<detail::Pass::gram, T>(source, x.rows(), y.rows(), z.rows(), add_update);
     y.copy_back();
     z.copy_back();
     gemm(update_.scale(), L.transposed(), Y, u.view());

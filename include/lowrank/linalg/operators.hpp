@@ -83,31 +83,30 @@ class StreamedOperator {
   }
 
  private:
-  // A dense source has the packed product, which wins as soon as there are many vectors.
+  // A dense source also has the packed product, which wins when there are many vectors.
   static constexpr bool dense = requires(const Rows& r) { r.m; };
+  static constexpr Index many = 4 * detail::pass_vectors;
 
   void forward(MatrixView<const T> X, MatrixView<T> Y) const {
-    if constexpr (dense) {
-      detail::product<T, typename Rows::storage, T>(T(1), source_.m, X.transposed(), false, Y);
-    } else {
-      const detail::VectorRows<const T> x(X);
-      const detail::VectorRows<T> y(Y);
-      detail::streamed_pass<detail::Pass::forward, T>(source_, x.rows(), y.rows(), {});
-      y.copy_back();
-    }
+    if constexpr (dense)
+      if (X.cols() >= many)
+        return detail::product<T, typename Rows::storage, T>(T(1), source_.m, X.transposed(), false, Y);
+    const detail::VectorRows<const T> x(X);
+    const detail::VectorRows<T> y(Y);
+    detail::streamed_pass<detail::Pass::forward, T>(source_, x.rows(), y.rows(), {});
+    y.copy_back();
   }
   void adjoint(MatrixView<const T> X, MatrixView<T> Y) const {
-    if constexpr (dense) {
-      detail::product<T, typename Rows::storage, T>(T(1), source_.m.transposed(), X.transposed(), false, Y);
-    } else {
-      const detail::VectorRows<const T> x(X);
-      const detail::VectorRows<T> y(Y);
-      // The pass reads Y and writes Z; it does not touch the first.
-      const auto given = x.rows();
-      const MatrixView<T> in(const_cast<T*>(given.data()), given.rows(), given.cols(), given.row_stride(), 1);
-      detail::streamed_pass<detail::Pass::adjoint, T>(source_, {}, in, y.rows());
-      y.copy_back();
-    }
+    if constexpr (dense)
+      if (X.cols() >= many)
+        return detail::product<T, typename Rows::storage, T>(T(1), source_.m.transposed(), X.transposed(), false, Y);
+    const detail::VectorRows<const T> x(X);
+    const detail::VectorRows<T> y(Y);
+    // An adjoint pass only reads its second argument.
+    const MatrixView<const T> given = x.rows();
+    const MatrixView<T> in(const_cast<T*>(given.data()), given.rows(), given.cols(), given.row_stride(), 1);
+    detail::streamed_pass<detail::Pass::adjoint, T>(source_, {}, in, y.rows());
+    y.copy_back();
   }
 
   Rows source_;

@@ -33,35 +33,40 @@ class SidedOperator {
   [[nodiscard]] Index range() const { return side_ == GramSide::right ? A_->rows() : A_->cols(); }
   [[nodiscard]] GramSide side() const noexcept { return side_; }
   [[nodiscard]] Index passes() const noexcept { return passes_; }
-  /// The singular values of A are those of M divided by this.
-  [[nodiscard]] double scale() const { return std::ldexp(1.0, pre_ + post_); }
+  /// A length measured on M, in A's units: x/c.
+  [[nodiscard]] double unscaled(double x) const { return std::ldexp(x, -(pre_ + post_)); }
 
-  /// Measures ‖A‖ on a block of orthonormal vectors and settles c; returns ‖M·X‖_F, 0 when A·X is zero.
+  /// Whether c = 1 is right for a matrix of this Frobenius norm.
+  static bool safe_norm(double norm) { return norm > tiny && norm < 1 / tiny; }
+  /// Settles c by what A does to a block of orthonormal vectors: Y = M·X. Returns ‖Y‖_F; 0 when A·X is zero.
   double settle_scale(MatrixView<const T> X, MatrixView<T> Y) {
-    // Three tries: as it is, with entries of X near the bottom (A is huge), near the top (A is tiny).
-    constexpr int far = std::same_as<T, float> ? 90 : 700;
-    for (const int pre : {0, -far, far}) {
+    const auto measure = [&](int pre) {
       pre_ = pre;
       post_ = 0;
-      forward(X, Y, false);
-      const double norm = std::sqrt(rows_norm_squared<T>(Y));
-      if (pre < 0 && !std::isfinite(norm)) break;
-      if (!std::isfinite(norm) || (pre >= 0 && norm < tiny)) continue;
-      if (pre == 0 && norm > tiny && norm < 1 / tiny) return norm;
-      post_ = -std::ilogb(norm);
-      return std::ldexp(norm, post_);
-    }
-    pre_ = post_ = 0;
-    forward(X, Y, false);
-    const double norm = std::sqrt(rows_norm_squared<T>(Y));
+      run(X, Y, side_ == GramSide::right, false);
+      return std::sqrt(rows_norm_squared<T>(Y));
+    };
+    // A huge A overflows on vectors of length 1, a tiny one loses its bits there.
+    constexpr int far = std::same_as<T, float> ? 90 : 700;
+    double norm = measure(0);
+    if (std::isnan(norm)) fail();
+    if (std::isinf(norm))
+      norm = measure(-far);
+    else if (norm < tiny)
+      norm = measure(far);
     if (!std::isfinite(norm)) fail();
-    return norm == 0 ? 0 : norm;
+    if (norm == 0) {
+      pre_ = 0;
+      return 0;
+    }
+    if (pre_ == 0 && safe_norm(norm)) return norm;
+    post_ = -std::ilogb(norm);
+    multiply_by_power(Y, post_);
+    return std::ldexp(norm, post_);
   }
 
   /// Y = M·X.
-  void forward(MatrixView<const T> X, MatrixView<T> Y, bool check = true) {
-    run(X, Y, side_ == GramSide::right, check);
-  }
+  void forward(MatrixView<const T> X, MatrixView<T> Y) { run(X, Y, side_ == GramSide::right, true); }
   /// Z = Mᵀ·Y.
   void adjoint(MatrixView<const T> Y, MatrixView<T> Z) { run(Y, Z, side_ == GramSide::left, true); }
   /// Y = M·X, Z = Mᵀ·Y; in one reading when A can.
@@ -83,6 +88,10 @@ class SidedOperator {
   [[noreturn]] void fail() const {
     throw NonFiniteError(text(where_, ": the matrix holds NaN or infinity, or its products overflow"));
   }
+  static void multiply_by_power(MatrixView<T> Y, int exponent) {
+    for (Index i = 0; i < Y.rows(); ++i)
+      for (Index j = 0; j < Y.cols(); ++j) Y(i, j) = std::ldexp(Y(i, j), exponent);
+  }
   void expect_finite(MatrixView<const T> X) const {
     if (!std::isfinite(rows_norm_squared<T>(X))) fail();
   }
@@ -96,9 +105,7 @@ class SidedOperator {
       in = scaled_.view();
     }
     direct ? A_->apply(in.transposed(), Y.transposed()) : A_->apply_adjoint(in.transposed(), Y.transposed());
-    if (post_ != 0)
-      for (Index i = 0; i < Y.rows(); ++i)
-        for (Index j = 0; j < Y.cols(); ++j) Y(i, j) = std::ldexp(Y(i, j), post_);
+    if (post_ != 0) multiply_by_power(Y, post_);
     if (check) expect_finite(Y);
   }
 

@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "lowrank/linalg/adjoint_check.hpp"
 #include "lowrank/linalg/block_krylov.hpp"
 #include "lowrank/linalg/operators.hpp"
 #include "lowrank/linalg/truncated_svd_result.hpp"
@@ -37,6 +38,7 @@ requires LinearOperator<Op, T> TruncatedSvd<T> truncated_svd(const Op& A, Index 
   if (!start.empty() && start.rows() != Index(A.cols()))
     throw ShapeError(detail::text("truncated_svd: start must have A's ", Index(A.cols()), " columns as rows, got ",
                                   detail::shape_text(start.rows(), start.cols())));
+  if (options.check_adjoint) check_adjoint<T>(A, options.seed);
   return detail::BlockKrylov<T, Op>(A, rank, options).run(start);
 }
 

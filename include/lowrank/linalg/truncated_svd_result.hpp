@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "lowrank/core/errors.hpp"
+#include "lowrank/core/half.hpp"
 #include "lowrank/linalg/svd_result.hpp"
 
 namespace lowrank {
@@ -26,10 +26,17 @@ struct TruncatedSvdOptions {
   Index oversampling = 0;
   /// Vectors in the basis before a restart; 0: automatic. At least rank + 2·block.
   Index max_basis = 0;
-  /// Readings of A after which the best result so far is returned with converged = false; 0: 1000.
+  /// Passes after which the best result so far is returned with converged = false; 0: 1000.
   Index max_passes = 0;
   /// Seed of the random start.
   std::uint64_t seed = 0;
+  /// Test first, on random vectors, that apply and apply_adjoint belong to one matrix (check_adjoint). Costs two
+  /// readings, which are not counted in passes. On by default in debug builds.
+#if defined(NDEBUG)
+  bool check_adjoint = false;
+#else
+  bool check_adjoint = true;
+#endif
 };
 
 /// The leading triplets of A with what is known about their error.
@@ -43,7 +50,7 @@ struct TruncatedSvd : Svd<T> {
   double captured_energy = 0;  ///< Σ σ̂ᵢ²
   double total_energy = 0;     ///< ‖A‖_F²; NaN when the operator does not know it
   double energy_deficit = 0;   ///< estimated captured-energy deficit
-  Index passes = 0;            ///< readings of A, the last two that measure the residuals included
+  Index passes = 0;            ///< products with A, Aᵀ, or both at once, the two that measure the residuals included
   Index block = 0;             ///< vectors multiplied at once
   Index basis = 0;             ///< dimension of the space the triplets were taken from
   bool converged = false;      ///< whether the tolerances asked for were met

@@ -5,28 +5,39 @@
 #include <cmath>
 
 #include "lowrank/core/rng.hpp"
-#include "lowrank/linalg/gemm.hpp"
+#include "lowrank/linalg/qr.hpp"
 #include "lowrank/linalg/vector_ops.hpp"
 
 namespace lowrank::detail {
 
-/// G = X·Yᵀ in double for vectors in rows.
+/// Σ x_i·y_i in double.
 template <class T>
-void dots(MatrixView<const T> X, MatrixView<const T> Y, MatrixView<double> G) {
-  for (Index i = 0; i < X.rows(); ++i)
-    for (Index j = 0; j < Y.rows(); ++j) {
-      double sum = 0;
-      constexpr int L = lanes<double>;
-      Vec<double> a{};
-      const T *x = &X(i, 0), *y = &Y(j, 0);
-      Index k = 0;
-      for (; k + L <= X.cols(); k += L)
-        a += __builtin_convertvector(load_as<T, L>(x + k), Vec<double>) *
-             __builtin_convertvector(load_as<T, L>(y + k), Vec<double>);
-      sum = sum_lanes<double>(a);
-      for (; k < X.cols(); ++k) sum += double(x[k]) * double(y[k]);
-      G(i, j) = sum;
-    }
+double dot_in_double(Index n, const T* x, const T* y) {
+  constexpr int L = lanes<double>;
+  const auto wide = [](const T* p) { return __builtin_convertvector(load_as<T, L>(p), Vec<double>); };
+  Vec<double> a{}, b{};
+  Index k = 0;
+  for (; k + 2 * L <= n; k += 2 * L) {
+    a += wide(x + k) * wide(y + k);
+    b += wide(x + k + L) * wide(y + k + L);
+  }
+  double sum = sum_lanes<double>(a + b);
+  for (; k < n; ++k) sum += double(x[k]) * double(y[k]);
+  return sum;
+}
+
+/// G = X·Xᵀ in double for vectors in rows.
+template <class T>
+void gram_of_vectors(MatrixView<const T> X, MatrixView<double> G) {
+  const Index b = X.rows();
+  // Rows of the triangle in pairs from both ends have equal work.
+  parallel_ranges((b + 1) / 2, std::max<Index>(1, 65536 / std::max<Index>(1, b * X.cols())), [&](Index p0, Index p1) {
+    for (Index p = p0; p < p1; ++p)
+      for (const Index i : {p, b - 1 - p}) {
+        for (Index j = 0; j <= i; ++j) G(i, j) = G(j, i) = dot_in_double(X.cols(), &X(i, 0), &X(j, 0));
+        if (p == b - 1 - p) break;
+      }
+  });
 }
 
 /// Lower Cholesky factor of G in place. False when a pivot falls below `floor` times its diagonal element: the vectors
@@ -67,6 +78,17 @@ void solve_lower(MatrixView<const double> L, MatrixView<T> X) {
   });
 }
 
+/// Vectors in rows that are orthonormal to some digits become so to eps.
+template <class T>
+void refresh_orthonormal(MatrixView<T> X) {
+  Matrix<double> G(X.rows(), X.rows());
+  gram_of_vectors<T>(X, G.view());
+  if (cholesky(G.view(), 0.25))
+    solve_lower<T>(G.view(), X);
+  else
+    orthonormalize(X.transposed());
+}
+
 /// An orthonormal set of vectors in the rows of a matrix that grows block by block.
 template <class T>
 class OrthonormalRows {
@@ -80,12 +102,13 @@ class OrthonormalRows {
   [[nodiscard]] MatrixView<const T> rows(Index first, Index n) const { return rows_.view().middle_rows(first, n); }
   /// The rows after the last: where the next block is put before `accept`.
   [[nodiscard]] MatrixView<T> next(Index n) { return rows_.view().middle_rows(count_, n); }
+  /// The first `count` rows are the set now, whatever it was.
   void resize(Index count) { count_ = count; }
   /// Rows [0, n) ← Q·rows, Q n×count.
   void rotate(MatrixView<const T> Q) {
     Matrix<T> rotated(Q.rows(), length());
     gemm(T(1), Q, view(), rotated.view());
-    for (Index i = 0; i < Q.rows(); ++i) std::copy_n(&rotated(i, 0), length(), &rows_(i, 0));
+    std::copy_n(rotated.data(), rotated.size(), rows_.data());
     count_ = Q.rows();
   }
 
@@ -94,7 +117,7 @@ class OrthonormalRows {
   /// On entry the block is Z; on return Z = C·(old set) + L·(new rows), C b×count, L b×b lower triangular, both in
   /// double and added to. A vector with nothing left of it is replaced by a random direction, and its part of L is
   /// zero.
-  void accept(Index b, MatrixView<double> C, MatrixView<double> L) {
+  void accept(Index b, MatrixView<double> C, MatrixView<double> L, Index local = 0) {
     const MatrixView<T> Z = next(b);
     Matrix<double> sizes(b, 1), S(b, b), G(b, b);
     for (Index i = 0; i < b; ++i) {
@@ -104,8 +127,8 @@ class OrthonormalRows {
     // Twice is enough: the second round removes what rounding left of the old set, and makes the block orthonormal to
     // eps.
     for (int round = 0; round < 2; ++round) {
-      project(Z, S.view(), C);
-      dots<T>(Z, Z, G.view());
+      project(Z, S.view(), C, round == 0 ? local : 0);
+      gram_of_vectors<T>(Z, G.view());
       bool good = true;
       for (Index i = 0; i < b && round == 0; ++i) good = good && std::sqrt(G(i, i)) > lost * sizes(i, 0);
       if (!good || !cholesky(G.view(), round == 0 ? 1e-4 : 0.25)) return accept_one_by_one(b, S.view(), C, L);
@@ -139,18 +162,20 @@ class OrthonormalRows {
     drawn_ += std::uint64_t(length());
   }
 
-  /// Z ← Z − (Z·Vᵀ)·V; C += S·(Z·Vᵀ).
-  void project(MatrixView<T> Z, MatrixView<const double> S, MatrixView<double> C) {
-    if (count_ == 0) return;
+  /// Z ← Z − (Z·Vᵀ)·V; C += S·(Z·Vᵀ); V the vectors from `first` on.
+  void project(MatrixView<T> Z, MatrixView<const double> S, MatrixView<double> C, Index first = 0) {
+    const Index n = count_ - first;
+    if (n == 0) return;
     const Index b = Z.rows();
-    coefficients_.resize(b, count_);
+    coefficients_.resize(b, n);
     const MatrixView<T> c = coefficients_.view();
-    gemm(T(1), MatrixView<const T>(Z), view().transposed(), c);
-    gemm(T(-1), MatrixView<const T>(c), view(), Z, Update::accumulate);
+    const MatrixView<const T> V = rows(first, n);
+    gemm(T(1), MatrixView<const T>(Z), V.transposed(), c);
+    gemm(T(-1), MatrixView<const T>(c), V, Z, Update::accumulate);
     for (Index i = 0; i < b; ++i)
       for (Index k = 0; k < b; ++k)
         if (S(i, k) != 0)
-          for (Index j = 0; j < count_; ++j) C(i, j) += S(i, k) * double(c(k, j));
+          for (Index j = 0; j < n; ++j) C(i, first + j) += S(i, k) * double(c(k, j));
   }
 
   /// S ← S·L for lower triangular S and L.

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// Are apply and apply_adjoint of an operator products with one and the same matrix?
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "lowrank/core/matrix.hpp"
+#include "lowrank/core/rng.hpp"
+#include "lowrank/linalg/linear_operator.hpp"
+
+namespace lowrank {
+
+/// The largest |⟨y, A·x⟩ − ⟨Aᵀ·y, x⟩| / max(‖A·x‖, ‖Aᵀ·y‖) over a few pairs of Gaussian vectors x, y.
+///
+/// **Numerics** for a right pair a few eps·√max(m, n); for a wrong one of order 1 (below δ with probability about δ a
+/// pair). NaN when a product is not finite. **Cost** two products with `probes` vectors. **Source** the dot-product
+/// test of inverse problems, Claerbout, Earth Soundings Analysis (1992).
+template <Real T, class Op>
+requires LinearOperator<Op, T>
+double adjoint_error(const Op& A, std::uint64_t seed = 0, Index probes = 4) {
+  const Index m = A.rows(), n = A.cols();
+  if (m == 0 || n == 0) return 0;
+  Matrix<T> X(probes, n), Y(probes, m), AX(probes, m), AtY(probes, n);
+  CounterRng(seed, 0xad1).fill_normal(X.view());
+  CounterRng(seed, 0xad2).fill_normal(Y.view());
+  const auto columns = [](const Matrix<T>& M) { return M.view().transposed(); };
+  A.apply(columns(X), AX.view().transposed());
+  A.apply_adjoint(columns(Y), AtY.view().transposed());
+  double worst = 0;
+  for (Index p = 0; p < probes; ++p) {
+    double left = 0, right = 0, ax = 0, aty = 0;
+    for (Index i = 0; i < m; ++i) {
+      left += double(Y(p, i)) * double(AX(p, i));
+      ax += double(AX(p, i)) * double(AX(p, i));
+    }
+    for (Index j = 0; j < n; ++j) {
+      right += double(AtY(p, j)) * double(X(p, j));
+      aty += double(AtY(p, j)) * double(AtY(p, j));
+    }
+    const double size = std::sqrt(std::max(ax, aty));
+    if (size == 0) continue;
+    const double error = std::abs(left - right) / size;
+    worst = std::isnan(error) ? error : std::max(worst, error);
+    if (std::isnan(worst)) break;
+  }
+  return worst;
+}
+
+/// **Throws** ArgumentError when A's two products do not belong to one matrix: adjoint_error above 2⁻¹⁰ (float) or 2⁻²⁶
+/// (double), which rounding does not reach.
+template <Real T, class Op>
+requires LinearOperator<Op, T>
+void check_adjoint(const Op& A, std::uint64_t seed = 0) {
+  const double error = adjoint_error<T>(A, seed), limit = std::same_as<T, float> ? 0x1p-10 : 0x1p-26;
+  if (error > limit)
+    throw ArgumentError(
+        detail::text("check_adjoint: apply_adjoint is not the adjoint of apply: <y, Ax> and <A'y, x> differ by ", error,
+                     " of the size of the products, expected at most ", limit));
+}
+
+}  // namespace lowrank

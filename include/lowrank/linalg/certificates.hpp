@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+// What can be proved about an approximation after the fact, whoever made it: its error in the Frobenius norm, bounds of
+// its error in the spectral norm with a stated probability, and the error of a random sketch from the sketch alone.
+#pragma once
+
+#include <cmath>
+#include <span>
+
+#include "lowrank/linalg/adjoint_check.hpp"
+#include "lowrank/linalg/operators.hpp"
+#include "lowrank/linalg/qr.hpp"
+#include "lowrank/linalg/svd_result.hpp"
+
+namespace lowrank {
+
+/// A norm between two bounds.
+struct NormBounds {
+  double lower = 0, upper = 0;
+  /// That the norm exceeds `upper` has at most this probability over the seed; 0: it cannot.
+  double failure_probability = 0;
+};
+
+namespace detail {
+template <class T>
+void check_svd_shapes(const char* where, const Svd<T>& a, Index m, Index n) {
+  const Index k = Index(a.S.size());
+  expect_shape(where, "U", a.U.rows(), a.U.cols(), m, k);
+  expect_shape(where, "V", a.V.rows(), a.V.cols(), n, k);
+}
+
+/// Σ_ij s_i s_j (XᵀX)_ij (YᵀY)_ij = ‖X·diag(s)·Yᵀ‖_F² in double.
+template <class T>
+double product_norm_squared(MatrixView<const T> X, std::span<const T> s, MatrixView<const T> Y) {
+  const Index k = Index(s.size());
+  Matrix<double> x(X.transposed()), y(Y.transposed());
+  const Matrix<double> G = multiply<double>(x.view(), x.view().transposed());
+  const Matrix<double> H = multiply<double>(y.view(), y.view().transposed());
+  double sum = 0;
+  for (Index i = 0; i < k; ++i)
+    for (Index j = 0; j < k; ++j) sum += double(s[std::size_t(i)]) * double(s[std::size_t(j)]) * G(i, j) * H(i, j);
+  return sum;
+}
+
+/// E = A − U·diag(S)·Vᵀ on blocks of vectors in rows.
+template <class T, class Op>
+struct ResidualOperator {
+  const Op& A;
+  const Svd<T>& approximation;
+
+  void forward(MatrixView<const T> X, MatrixView<T> Y) const {
+    A.apply(X.transposed(), Y.transposed());
+    subtract(approximation.V.view(), approximation.U.view(), X, Y);
+  }
+  void adjoint(MatrixView<const T> X, MatrixView<T> Y) const {
+    A.apply_adjoint(X.transposed(), Y.transposed());
+    subtract(approximation.U.view(), approximation.V.view(), X, Y);
+  }
+
+ private:
+  void subtract(MatrixView<const T> from, MatrixView<const T> to, MatrixView<const T> X, MatrixView<T> Y) const {
+    const Index k = Index(approximation.S.size());
+    if (k == 0) return;
+    Matrix<T> t(X.rows(), k);
+    gemm(T(1), X, from, t.view());
+    for (Index i = 0; i < t.rows(); ++i)
+      for (Index j = 0; j < k; ++j) t(i, j) *= approximation.S[std::size_t(j)];
+    gemm(T(-1), t.view(), to.transposed(), Y, Update::accumulate);
+  }
+};
+}  // namespace detail
+
+/// ‖A − U·diag(S)·Vᵀ‖_F for any factors, orthonormal or not:
+/// ‖A‖_F² − 2·Σ sᵢ·uᵢᵀ·A·vᵢ + ‖U·diag(S)·Vᵀ‖_F², sums in double.
+///
+/// For an exact triplet set this is √(‖A‖_F² − Σsᵢ²), the Frobenius identity; it stays true when they are not exact.
+/// **Shapes** A m×n, U m×k, V n×k. **Throws** ShapeError. **Cost** one product of A with k vectors, one reading for
+/// ‖A‖_F².
+/// **Numerics** the bounds allow for rounding in A·V of √n·eps·‖A‖_F‖vᵢ‖ a vector, so they are wide apart only when the
+/// error is below about √eps·‖A‖_F. **Source** 0909.4061 §4 for the identity.
+template <Real T, class Op>
+requires LinearOperator<Op, T> && HasFrobeniusNorm<Op> NormBounds frobenius_error(const Op& A,
+                                                                                  const Svd<T>& approximation) {
+  const Index m = A.rows(), n = A.cols(), k = Index(approximation.S.size());
+  detail::check_svd_shapes("frobenius_error", approximation, m, n);
+  const double total = A.frobenius_norm_squared();
+  Matrix<T> AV(k, m);
+  if (k > 0) A.apply(approximation.V.view(), AV.view().transposed());
+  double inner = 0, rounding = 0;
+  for (Index i = 0; i < k; ++i) {
+    double uav = 0, u = 0, v = 0;
+    for (Index j = 0; j < m; ++j) {
+      uav += double(approximation.U(j, i)) * double(AV(i, j));
+      u += double(approximation.U(j, i)) * double(approximation.U(j, i));
+    }
+    for (Index j = 0; j < n; ++j) v += double(approximation.V(j, i)) * double(approximation.V(j, i));
+    inner += double(approximation.S[std::size_t(i)]) * uav;
+    rounding += std::abs(double(approximation.S[std::size_t(i)])) * std::sqrt(u * v);
+  }
+  const double own = detail::product_norm_squared<T>(approximation.U.view(), approximation.S, approximation.V.view());
+  const double eps = double(std::numeric_limits<T>::epsilon());
+  const double slack = 2 * std::sqrt(double(n)) * eps * std::sqrt(total) * rounding + 0x1p-46 * (total + own);
+  const double square = total - 2 * inner + own;
+  return {std::sqrt(std::max(0.0, square - slack)), std::sqrt(std::max(0.0, square + slack)), 0};
+}
+
+/// How spectral_error looks.
+struct SpectralErrorOptions {
+  double failure_probability = 1e-9;  ///< in (0, 1)
+  Index probes = 8;                   ///< Gaussian vectors, at least 1
+  Index powers = 3;  ///< products with EᵀE before the last with E, at least 0; more bring the bounds closer
+  std::uint64_t seed = 0;
+};
+
+/// Bounds of ‖A − U·diag(S)·Vᵀ‖₂ by a randomised power method on the error E.
+///
+/// lower = max ‖E·x‖/‖x‖ over the iterates: always valid. upper = (α·√(2/π)·max_i ‖(EEᵀ)^q·E·ωᵢ‖)^{1/(2q+1)} over r
+/// Gaussian ωᵢ, valid with probability at least 1 − α^{−r}; α is chosen for the probability asked for.
+/// **Shapes** A m×n, U m×k, V n×k, k ≥ 0. **Throws** ShapeError, ArgumentError. **Cost** 2q + 1 products with r
+/// vectors.
+/// **Numerics** both bounds allow for rounding of 8·√max(m, n)·eps·(s₁ + error), nothing else.
+/// **Source** Halko, Martinsson & Tropp, arXiv 0909.4061, Lemma 4.1 and §4.4 (the lemma applied to powers of E).
+template <Real T, class Op>
+requires LinearOperator<Op, T> NormBounds spectral_error(const Op& A, const Svd<T>& approximation,
+                                                         const SpectralErrorOptions& options = {}) {
+  const Index m = A.rows(), n = A.cols(), r = options.probes;
+  detail::check_svd_shapes("spectral_error", approximation, m, n);
+  if (!(options.failure_probability > 0 && options.failure_probability < 1))
+    throw ArgumentError(
+        detail::text("spectral_error: failure_probability must lie in (0, 1), got ", options.failure_probability));
+  if (r < 1) throw ArgumentError(detail::text("spectral_error: probes must be at least 1, got ", r));
+  if (options.powers < 0)
+    throw ArgumentError(detail::text("spectral_error: powers must not be negative, got ", options.powers));
+  if (m == 0 || n == 0) return {0, 0, 0};
+  const detail::ResidualOperator<T, Op> E{A, approximation};
+  Matrix<T> X(r, n), Y(r, m);
+  CounterRng(options.seed, 0x5bec).fill_normal(X.view());
+  // Every vector keeps its own size as a logarithm, so that high powers neither overflow nor underflow.
+  std::vector<double> log_size(std::size_t(r), 0.0);
+  double lower = 0;
+  bool zero = true;
+  const auto normalize = [&](Matrix<T>& M, bool measured_on_unit) {
+    for (Index i = 0; i < r; ++i) {
+      double square = 0;
+      for (Index j = 0; j < M.cols(); ++j) square += double(M(i, j)) * double(M(i, j));
+      const double norm = std::sqrt(square);
+      if (!std::isfinite(norm)) throw NonFiniteError("spectral_error: a product is not finite");
+      if (measured_on_unit) lower = std::max(lower, norm);
+      log_size[std::size_t(i)] += std::log(norm);
+      if (norm == 0) continue;
+      zero = false;
+      for (Index j = 0; j < M.cols(); ++j) M(i, j) = T(double(M(i, j)) / norm);
+    }
+  };
+  normalize(X, false);
+  zero = true;
+  E.forward(X.view(), Y.view());
+  normalize(Y, true);
+  for (Index q = 0; q < options.powers && !zero; ++q) {
+    E.adjoint(Y.view(), X.view());
+    normalize(X, true);
+    E.forward(X.view(), Y.view());
+    normalize(Y, true);
+  }
+  double s1 = 0;
+  for (const T s : approximation.S) s1 = std::max(s1, std::abs(double(s)));
+  const double eps = double(std::numeric_limits<T>::epsilon());
+  const double rounding = 8 * std::sqrt(double(std::max(m, n))) * eps * (s1 + lower);
+  if (zero) return {0, rounding, options.failure_probability};
+  const double alpha = std::pow(options.failure_probability, -1.0 / double(r));
+  const double largest = *std::max_element(log_size.begin(), log_size.end());
+  const double log_factor = std::log(alpha * std::sqrt(2 / 3.14159265358979323846));
+  const double upper = std::exp((largest + log_factor) / double(2 * options.powers + 1));
+  return {std::max(0.0, lower - rounding), std::max(upper, lower) + rounding, options.failure_probability};
+}
+
+/// The root mean square error ‖A − Q·QᵀA‖_F of a randomised range finder with one column less, from the sketch alone.
+///
+/// Y = A·Ω with s Gaussian columns, Y = Q·R. Leaving column j out of the sketch changes the approximation by a rank-one
+/// term, so that its error on ω_j, which it has not seen, is 1/‖R^{−ᵀ}e_j‖: estimate² = (1/s)·Σ_j 1/‖R^{−ᵀ}e_j‖².
+/// **Shapes** Y m×s, 2 ≤ s ≤ m. **Throws** ArgumentError on another s. **Cost** 2·m·s² + s³ flops; A is not read again.
+/// **Numerics** the square is an unbiased estimate of E‖A − Q_{s−1}Q_{s−1}ᵀA‖_F², not a bound. 0 when Y is rank
+/// deficient.
+/// **Source** Epperly & Tropp, "Efficient error and variance estimation for randomized matrix computations", arXiv
+/// 2207.06342, eq. (3.3) and §3.2.
+template <Real T>
+double leave_one_out_error(MatrixView<const T> Y) {
+  const Index m = Y.rows(), s = Y.cols();
+  if (s < 2 || s > m)
+    throw ArgumentError(detail::text("leave_one_out_error: expected between 2 and ", m, " columns, got ", s));
+  Matrix<double> Q(Y), R(s, s);
+  thin_qr_in_place(Q.view(), R.view());
+  double sum = 0;
+  // Column j of R^{−ᵀ} solves Rᵀ·x = e_j: zero above j, then forward substitution.
+  std::vector<double> x(std::size_t(s), 0.0);
+  for (Index j = 0; j < s; ++j) {
+    double square = 0;
+    for (Index i = j; i < s; ++i) {
+      double b = i == j ? 1 : 0;
+      for (Index l = j; l < i; ++l) b -= R(l, i) * x[std::size_t(l)];
+      x[std::size_t(i)] = b / R(i, i);
+      square += x[std::size_t(i)] * x[std::size_t(i)];
+    }
+    sum += std::isfinite(square) ? 1 / square : 0;
+  }
+  return std::sqrt(sum / double(s));
+}
+
+}  // namespace lowrank

@@ -12,7 +12,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "../examples/llama/model.hpp"
+#include "../examples/llama/model.cpp"
 #include "lowrank/init/kaiming.hpp"
 #include "lowrank/optim/adamw.hpp"
 #include "lowrank/optim/clip.hpp"

@@ -78,10 +78,10 @@ fi
 # ---- run -------------------------------------------------------------------------------------------------------------
 arguments=()
 if ! has_option --source "$@" && ! has_option --base "$@"; then
-  # The package's own files by name: drawings are left out, and so is what fortunes-off may have put in a folder below.
+  # The files themselves: not their indices and second names, nor what fortunes-off may have put in a folder below.
   arguments+=(--source)
   for file in "$prose"/*; do
-    if [[ -f $file && ! -L $file && $file != *.dat && $file != */ascii-art ]]; then arguments+=("$file"); fi
+    if [[ -f $file && ! -L $file && $file != *.dat ]]; then arguments+=("$file"); fi
   done
 fi
 if ! has_option --target "$@"; then

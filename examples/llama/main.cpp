@@ -21,7 +21,7 @@ struct Options {
   std::string targets = "all-linear", output, base, save;
   int token_bits = 16;
   std::vector<double> sweep;
-  Index rank = 16, steps = 400, base_steps = 2400, batch = 8, window = 128, sample = 0, eval_windows = 256;
+  Index rank = 16, steps = 400, base_steps = 2000, batch = 8, window = 128, sample = 0, eval_windows = 256;
   double alpha = 32, base_rate = 3e-3, dropout = 0, lora_plus = 1, weight_decay = 0;
   bool rank_stabilised = false;
   std::uint64_t seed = 1;

@@ -12,10 +12,10 @@ namespace llama {
 
 const std::vector<MethodInfo>& known_methods() {
   static const std::vector<MethodInfo> methods{
-      {"full", "every weight trained", 1e-3},
+      {"full", "every weight trained", 5e-3},
       {"lora", "A uniform, B zero", 1e-2},
-      {"pissa", "A and B hold the top of W's spectrum, the base the rest", 1e-2},
-      {"olora", "A and B from a QR of W, the base the rest", 1e-2},
+      {"pissa", "A and B hold the top of W's spectrum, the base the rest", 5e-3},
+      {"olora", "A and B from a QR of W, the base the rest", 5e-3},
       {"qlora4", "LoRA on a base in 4 bits (NF4)", 1e-2},
       {"loftq4", "the same, A and B start as the correction of the rounding", 1e-2},
       {"qpissa4", "PiSSA whose base is then rounded to 4 bits", 1e-2},

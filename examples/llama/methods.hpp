@@ -17,8 +17,8 @@ struct MethodOptions {
   bool rank_stabilised = false;  ///< s = α/√r instead of α/r
   double dropout = 0;
   std::string targets = "all-linear";  ///< lowrank::TargetOptions: a preset, names, or a regular expression
-  std::vector<std::string>
-      train_fully;  ///< kinds trained in full beside the adapters: "norm", "embed_tokens", "lm_head", …
+  std::vector<std::string> train_fully =
+      {};  ///< kinds trained in full beside the adapters: "norm", "embed_tokens", "lm_head", …
   std::uint64_t seed = 0;
 };
 

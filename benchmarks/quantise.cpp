@@ -62,6 +62,7 @@ void decode_all(Matrix<float>& W, const Codebook& book, const std::vector<std::u
 }  // namespace
 
 int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // lines appear as they are measured
   const bool smoke = argc > 1 && std::string(argv[1]) == "--smoke";
   const Index n = smoke ? 512 : 4096;
   const int repeats = smoke ? 2 : 9;

@@ -6,8 +6,8 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <tuple>
 #include <string>
+#include <tuple>
 
 #include "lowrank/quant/quantise.hpp"
 
@@ -79,6 +79,7 @@ void compare(int rounds, Index tokens, const char* const (&names)[sizeof...(Base
 }  // namespace
 
 int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // lines appear as they are measured
   const bool smoke = argc > 1 && std::string(argv[1]) == "--smoke";
   std::printf(
       "# %d threads, vectors of %d bytes; speed relative to the dense float layer; last: relative difference of Y\n",

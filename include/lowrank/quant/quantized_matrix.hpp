@@ -58,7 +58,8 @@ class Quantiser;
 /// **Shapes** W out×in; X tokens×in, Y and G tokens×out, dX tokens×in, in any order.
 /// **Cost** memory: codes and scales only (4.5 bits a weight for NF4 in blocks of 64, 4.13 double-quantised); products
 /// with up to four tokens decode in registers, larger ones decode one panel at a time into the packed product.
-/// **Numerics** products use exactly the values dequantise() returns, summed in T.
+/// **Numerics** products are those with the values dequantise() returns, up to rounding in T; the same bits for any
+/// number of threads.
 /// **Source** Dettmers et al., QLoRA, arXiv 2305.14314; layout of codes and scales as in bitsandbytes.
 template <Real T>
 class QuantizedMatrix {

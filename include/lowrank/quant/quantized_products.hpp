@@ -3,6 +3,7 @@
 // product.
 #pragma once
 
+#include "lowrank/quant/lane_products.hpp"
 #include "lowrank/quant/quantized_matrix.hpp"
 
 namespace lowrank {
@@ -164,6 +165,11 @@ void quantized_axpy_avx512(MatrixView<const float> p, const QuantizedMatrix<floa
 /// C = accumulate·C + P·Wᵀ for few rows of P; P and C have contiguous rows.
 template <Path Kernel = native_path, class T>
 void quantized_few_forward(MatrixView<const T> p, const QuantizedMatrix<T>& w, bool accumulate, MatrixView<T> c) {
+#if defined(LOWRANK_QUANT_AVX512)
+  if constexpr (Kernel == Path::avx512 && std::same_as<T, float>)
+    if (has_lane_products(w))
+      return w.codebook().bits() == 4 ? lane_forward<4>(p, w, accumulate, c) : lane_forward<2>(p, w, accumulate, c);
+#endif
   const Index grain = std::max<Index>(16, few_rows_grain / std::max<Index>(1, w.cols()));
   parallel_ranges(w.rows(), grain, [&](Index j0, Index j1) {
     in_row_groups(c.rows(), [&]<int MR>(Index i) {
@@ -183,6 +189,11 @@ void quantized_few_forward(MatrixView<const T> p, const QuantizedMatrix<T>& w, b
 /// C = accumulate·C + P·W for few rows of P; P and C have contiguous rows.
 template <Path Kernel = native_path, class T>
 void quantized_few_backward(MatrixView<const T> p, const QuantizedMatrix<T>& w, bool accumulate, MatrixView<T> c) {
+#if defined(LOWRANK_QUANT_AVX512)
+  if constexpr (Kernel == Path::avx512 && std::same_as<T, float>)
+    if (has_lane_products(w))
+      return w.codebook().bits() == 4 ? lane_backward<4>(p, w, accumulate, c) : lane_backward<2>(p, w, accumulate, c);
+#endif
   // Threads own whole blocks of columns, cut at the same places for any number of threads.
   const Index unit = std::clamp<Index>(w.layout().blocking == Blocking::row ? 64 : w.layout().block_size, 64, 4096);
   const Index units = (w.cols() + unit - 1) / unit;

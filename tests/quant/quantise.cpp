@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: Apache-2.0
+// Codes and scales against the slow reference and the numpy fixture: lengths, layouts, orders, types, threads, odd
+// values.
+#include "lowrank/quant/quantise.hpp"
+
+#include <doctest/doctest.h>
+
+#include <bit>
+#include <cstring>
+
+#include "quant/reference.hpp"
+#include "support/compare.hpp"
+#include "support/fixture.hpp"
+
+using namespace lowrank;
+
+namespace {
+
+/// The fixture's input: a hash of the index (see reference.py).
+std::vector<float> hashed(Index n) {
+  std::vector<float> x(static_cast<std::size_t>(n));
+  for (Index i = 0; i < n; ++i) {
+    std::uint64_t h = (std::uint64_t(i) * 2654435761U + 12345U) & 0xffffffffU;
+    h = ((h ^ (h >> 15)) * 2246822519U) & 0xffffffffU;
+    const auto unit = float(double(h >> 8) / 8388608.0 - 1);
+    const Index block = i / 64;
+    float v = unit * (float(1 + block % 7) * 0.125F);
+    if (block == 3) v = 0;
+    if (i % 97 == 0) v = -0.0F;
+    x[std::size_t(i)] = v;
+  }
+  return x;
+}
+
+template <class Values>
+Index mismatches(const Matrix<double>& want, const Values& got) {
+  Index wrong = want.size() != Index(got.size());
+  for (Index i = 0; i < std::min(want.size(), Index(got.size())); ++i)
+    wrong += float(want.data()[i]) != float(got[std::size_t(i)]);
+  return wrong;
+}
+
+/// Codes, scales and values of q against the reference.
+void check_against_reference(const Matrix<float>& W, const QuantizedMatrix<float>& q) {
+  const auto want = reference::quantise(W, q.codebook(), q.options().block_size, q.options().blocking);
+  REQUIRE(q.absmax().size() == want.absmax.size());
+  CHECK(std::memcmp(q.absmax().data(), want.absmax.data(), want.absmax.size() * 4) == 0);
+  Index wrong = 0;
+  const Matrix<float> values = q.dequantise();
+  for (Index i = 0; i < W.rows(); ++i)
+    for (Index j = 0; j < W.cols(); ++j) {
+      const std::size_t k = std::size_t(i * W.cols() + j);
+      wrong += q.code(i, j) != want.codes[k];
+      wrong += std::bit_cast<std::uint32_t>(values(i, j)) != std::bit_cast<std::uint32_t>(want.values[k]);
+      wrong += std::bit_cast<std::uint32_t>(q(i, j)) != std::bit_cast<std::uint32_t>(want.values[k]);
+    }
+  CHECK(wrong == 0);
+}
+
+std::vector<Codebook> tables() {
+  return {Codebook::nf2(),      Codebook::nf3(),           Codebook::nf4(),
+          Codebook::fp4(),      Codebook::normal_float(5), Codebook::uniform(1),
+          Codebook::uniform(6), Codebook::normal_float(8), Codebook::uniform(7)};
+}
+
+}  // namespace
+
+TEST_CASE("bit for bit as bitsandbytes: the numpy fixture") {
+  const test::Fixture f("../quant/data/bitsandbytes.txt");
+  const std::vector<float> x = hashed(6 * 64 + 37);
+  const MatrixView<const float> W(x.data(), 1, Index(x.size()), Index(x.size()), 1);
+  for (const auto& [name, book] :
+       {std::pair<std::string, Codebook>{"nf4", Codebook::nf4()}, {"fp4", Codebook::fp4()}}) {
+    CAPTURE(name);
+    const auto q = quantise(W, {.codebook = book});
+    CHECK(mismatches(f[name + "_codes"], q.codes()) == 0);
+    CHECK(mismatches(f[name + "_absmax"], q.absmax()) == 0);
+    const Matrix<float> values = q.dequantise();
+    CHECK(mismatches(f[name + "_values"], std::span(values.data(), std::size_t(values.size()))) == 0);
+  }
+}
+
+TEST_CASE("int8 by rows as bitsandbytes") {
+  const test::Fixture f("../quant/data/bitsandbytes.txt");
+  std::vector<float> x = hashed(12 * 32);
+  for (float& v : x)
+    if (v == 0) v = 0.25F;
+  const auto q =
+      quantise(view_of(std::as_const(x).data(), 12, 32), {.codebook = Codebook::int8(), .blocking = Blocking::row});
+  REQUIRE(q.codes().size() == 12 * 32);
+  Index wrong = 0;
+  const Matrix<float> values = q.dequantise();
+  for (Index i = 0; i < 12 * 32; ++i) {
+    wrong += f["int8_codes"].data()[i] != double(std::int8_t(q.codes()[std::size_t(i)]));
+    wrong += float(f["int8_values"].data()[i]) != values.data()[i];
+  }
+  CHECK(wrong == 0);
+}
+
+TEST_CASE("double quantisation as bitsandbytes' compress_statistics") {
+  const test::Fixture f("../quant/data/bitsandbytes.txt");
+  const std::vector<float> x = hashed(300 * 64);
+  const auto q = quantise(view_of(x.data(), 300, 64), {.double_quantise = true});
+  REQUIRE(q.is_double_quantised());
+  CHECK(q.absmax().empty());
+  CHECK(mismatches(f["nested_codes"], q.nested().codes) == 0);
+  CHECK(mismatches(f["nested_absmax"], q.nested().absmax) == 0);
+  CHECK(q.nested().offset == float(f["nested_offset"](0, 0)));
+  Index wrong = 0;
+  for (Index b = 0; b < 300; ++b) wrong += q.scale(b) != float(f["nested_scales"](0, b));
+  CHECK(wrong == 0);
+  // The block of zeros keeps its zeros although its scale is no longer zero.
+  for (Index j = 0; j < 64; ++j) CHECK(q(3, j) == 0);
+  CHECK(q.bits_per_weight() == doctest::Approx(4 + 8.0 / 64 + (2 + 256 + 1) * 32.0 / (300 * 64)));
+}
+
+TEST_CASE("every block length, every table, every layout") {
+  for (const Codebook& book : tables()) {
+    CAPTURE(book.name());
+    for (Index n = 1; n <= 130; ++n) {
+      CAPTURE(n);
+      const Matrix<float> W = test::random_matrix<float>(1, n, std::uint64_t(n));
+      check_against_reference(W, quantise(W, {.codebook = book, .block_size = 32}));
+    }
+    for (const auto& [rows, cols] :
+         {std::pair<Index, Index>{5, 33}, {7, 64}, {3, 129}, {130, 1}, {2, 200}, {4, 1024}}) {
+      const Matrix<float> W = test::random_matrix<float>(rows, cols, 3);
+      for (const Blocking blocking : {Blocking::flat, Blocking::restart_rows, Blocking::row})
+        for (const Index size : {Index(32), Index(64), Index(4096)})
+          check_against_reference(W, quantise(W, {.codebook = book, .block_size = size, .blocking = blocking}));
+    }
+  }
+}
+
+TEST_CASE("all bf16 inputs through the tables") {
+  // Every finite bf16 beside a 1 (scaled exactly), and every finite bf16 in blocks of its neighbours.
+  for (const Codebook& book :
+       {Codebook::nf4(), Codebook::nf3(), Codebook::nf2(), Codebook::fp4(), Codebook::normal_float(8)}) {
+    CAPTURE(book.name());
+    Matrix<float> unit(2048, 32), all(2048, 32);
+    for (Index k = 0; k < 65536; ++k) {
+      const float x = float(bf16::from_bits(std::uint16_t(k)));
+      all.data()[k] = std::isfinite(x) ? x : 1.0F;
+      unit.data()[k] = std::fabs(x) <= 1 ? x : 0.5F;
+    }
+    for (Index i = 0; i < unit.rows(); ++i) unit(i, 0) = 1;
+    check_against_reference(unit, quantise(unit, {.codebook = book, .block_size = 32}));
+    check_against_reference(all, quantise(all, {.codebook = book, .block_size = 32}));
+  }
+}
+
+TEST_CASE("zeros, minus zero, denormals, the largest floats") {
+  Matrix<float> W(1, 192);
+  const float tiny = std::numeric_limits<float>::denorm_min(), huge = std::numeric_limits<float>::max();
+  for (Index j = 0; j < 32; ++j) W(0, j) = -0.0F;
+  for (Index j = 32; j < 64; ++j) W(0, j) = float(j - 48) * tiny;
+  for (Index j = 64; j < 96; ++j) W(0, j) = float(j - 80) * 1e-39F;
+  for (Index j = 96; j < 128; ++j) W(0, j) = (j % 2 != 0 ? -1 : 1) * huge / float(j - 95);
+  for (Index j = 128; j < 160; ++j) W(0, j) = j % 5 == 0 ? -0.0F : float(j) * 1e-20F;
+  for (const Codebook& book : tables()) check_against_reference(W, quantise(W, {.codebook = book, .block_size = 32}));
+}
+
+TEST_CASE("the input's type and order do not matter, nor does the number of threads") {
+  const Matrix<float> W = test::random_matrix<float>(70, 130, 5);
+  Matrix<bf16> half(70, 130);
+  Matrix<float> rounded(70, 130), columns(130, 70), wide(70, 200);
+  Matrix<double> twice(W);
+  for (Index i = 0; i < 70; ++i)
+    for (Index j = 0; j < 130; ++j) {
+      half(i, j) = bf16(W(i, j));
+      rounded(i, j) = float(half(i, j));
+      columns(j, i) = W(i, j);
+      wide(i, j) = W(i, j);
+    }
+  for (const Blocking blocking : {Blocking::flat, Blocking::restart_rows, Blocking::row}) {
+    const QuantizeOptions o{.blocking = blocking};
+    const auto same = [](const auto& a, const auto& b) {
+      return std::ranges::equal(a.codes(), b.codes()) && std::ranges::equal(a.absmax(), b.absmax());
+    };
+    const auto q = quantise(W, o);
+    CHECK(same(q, quantise(view_of(columns).transposed(), o)));
+    CHECK(same(q, quantise(view_of(wide).middle_cols(0, 130), o)));
+    const auto q64 = quantise(twice, o);
+    static_assert(std::is_same_v<decltype(q64), const QuantizedMatrix<double>>);
+    CHECK(same(q, q64));
+    CHECK(same(quantise(half, o), quantise(rounded, o)));
+#if defined(_OPENMP)
+    const int threads = omp_get_max_threads();
+    omp_set_num_threads(1);
+    const auto single = quantise(W, o);
+    omp_set_num_threads(threads);
+    CHECK(same(q, single));
+#endif
+  }
+}
+
+TEST_CASE_TEMPLATE("dequantise · quantise is idempotent", T, float, double) {
+  const Matrix<T> W = test::random_matrix<T>(33, 257, 9);
+  for (const QuantizeOptions& o : {QuantizeOptions{}, QuantizeOptions{.codebook = Codebook::fp4()},
+                                   QuantizeOptions{.codebook = Codebook::nf2(), .block_size = 128},
+                                   QuantizeOptions{.codebook = Codebook::nf3(), .blocking = Blocking::restart_rows},
+                                   QuantizeOptions{.codebook = Codebook::uniform(5)}}) {
+    CAPTURE(o.codebook.name());
+    const Matrix<T> once = quantise(W, o).dequantise();
+    const Matrix<T> again = quantise(once, o).dequantise();
+    CHECK(test::same_bits(once, again));
+  }
+  // int8 multiplies by 1/127 rounded, as bitsandbytes does, so the scale may move by a unit; the codes stay.
+  const QuantizeOptions int8{.codebook = Codebook::int8(), .blocking = Blocking::row};
+  const auto q = quantise(W, int8);
+  const Matrix<T> values = q.dequantise();
+  CHECK(std::ranges::equal(q.codes(), quantise(values, int8).codes()));
+}
+
+TEST_CASE("uniform: error at most half a step, zero exact, symmetric and not") {
+  for (int bits = 2; bits <= 8; ++bits) {
+    CAPTURE(bits);
+    Matrix<float> W = test::random_matrix<float>(4, 256, 11);
+    for (Index j = 0; j < 256; ++j) W(1, j) = std::fabs(W(1, j)) + 3;  // one-sided
+    W(2, 5) = 0;
+    for (const bool asymmetric : {false, true}) {
+      const auto q =
+          quantise(W, {.codebook = asymmetric ? Codebook::uniform_asymmetric(bits) : Codebook::uniform(bits)});
+      const Matrix<float> V = q.dequantise();
+      CHECK(V(2, 5) == 0);
+      for (Index i = 0; i < W.rows(); ++i)
+        for (Index j0 = 0; j0 < 256; j0 += 64) {
+          float low = 0, high = 0, worst = 0;
+          for (Index j = j0; j < j0 + 64; ++j) {
+            low = std::min(low, W(i, j));
+            high = std::max(high, W(i, j));
+            worst = std::max(worst, std::fabs(W(i, j) - V(i, j)));
+          }
+          const float step =
+              asymmetric ? (high - low) / float((1 << bits) - 1) : std::max(high, -low) / float((1 << (bits - 1)) - 1);
+          // The integer zero shifts an asymmetric grid by up to half a step against [low, high].
+          CHECK(worst <= step * (asymmetric ? 1.001F : 0.501F));
+        }
+    }
+  }
+}
+
+TEST_CASE("published error of normal weights") {
+  // bitsandbytes' own targets for randn(1024, 1024), blocks of 64; 1e6 samples make the mean good to about 1e-4.
+  const Matrix<float> W = test::random_matrix<float>(1024, 1024, 1);
+  const auto mean_error = [&](const QuantizeOptions& o) {
+    const Matrix<float> V = quantise(W, o).dequantise();
+    double sum = 0;
+    for (Index i = 0; i < W.size(); ++i) sum += std::fabs(double(W.data()[i]) - double(V.data()[i]));
+    return sum / double(W.size());
+  };
+  CHECK(mean_error({}) == doctest::Approx(0.0728).epsilon(0.003));
+  CHECK(mean_error({.codebook = Codebook::fp4()}) == doctest::Approx(0.0965).epsilon(0.003));
+  CHECK(mean_error({.double_quantise = true}) < 0.0732);
+}
+
+TEST_CASE("a scale search never raises the squared error and lowers it at two bits") {
+  const Matrix<float> W = test::random_matrix<float>(16, 256, 2);
+  const auto error = [&](const QuantizeOptions& o) {
+    const Matrix<float> V = quantise(W, o).dequantise();
+    std::vector<double> blocks(static_cast<std::size_t>(W.size() / 64));
+    for (Index i = 0; i < W.size(); ++i) {
+      const double d = double(W.data()[i]) - double(V.data()[i]);
+      blocks[std::size_t(i / 64)] += d * d;
+    }
+    return blocks;
+  };
+  for (const Codebook& book : {Codebook::nf2(), Codebook::nf3(), Codebook::nf4()}) {
+    const auto plain = error({.codebook = book}), searched = error({.codebook = book, .scale_search = 16});
+    double a = 0, b = 0;
+    for (std::size_t k = 0; k < plain.size(); ++k) {
+      CHECK(searched[k] <= plain[k] * (1 + 1e-5));  // errors are compared in float
+      a += plain[k];
+      b += searched[k];
+    }
+    if (book.bits() == 2) CHECK(b < 0.6 * a);
+  }
+}
+
+TEST_CASE("what cannot be quantised says where") {
+  Matrix<float> W = test::random_matrix<float>(8, 64, 1);
+  CHECK_THROWS_AS(quantise(W, {.block_size = 0}), ArgumentError);
+  CHECK_THROWS_AS(quantise(W, {.block_size = 48}), ArgumentError);
+  CHECK_THROWS_AS(quantise(W, {.block_size = 16}), ArgumentError);
+  CHECK_THROWS_AS(quantise(W, {.block_size = 8192}), ArgumentError);
+  CHECK_THROWS_AS(quantise(W, {.block_size = -64}), ArgumentError);
+  CHECK_THROWS_AS(quantise(W, {.double_quantise = true, .double_block_size = 0}), ArgumentError);
+  CHECK_THROWS_AS(quantise(W, {.scale_search = -1}), ArgumentError);
+  CHECK_THROWS_AS(quantise(W, {.codebook = Codebook::int8(), .scale_search = 4}), ArgumentError);
+  for (const float bad :
+       {std::nanf(""), std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()}) {
+    W(5, 7) = bad;
+    CHECK_THROWS_WITH_AS(quantise(W), doctest::Contains("(5, 7), block 5"), NonFiniteError);
+    CHECK_THROWS_AS(quantise(W, {.codebook = Codebook::uniform_asymmetric(4)}), NonFiniteError);
+  }
+  Matrix<double> wide(2, 64);
+  wide(1, 3) = 1e300;
+  CHECK_THROWS_WITH_AS(quantise(wide), doctest::Contains("(1, 3)"), NonFiniteError);
+  for (const auto& [r, c] : {std::pair<Index, Index>{0, 5}, {5, 0}, {0, 0}}) {
+    const Matrix<float> empty(r, c);
+    const auto q = quantise(empty);
+    CHECK(q.codes().empty());
+    CHECK(q.dequantise().size() == 0);
+    CHECK(q.bits_per_weight() == 0);
+  }
+}

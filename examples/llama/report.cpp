@@ -61,19 +61,22 @@ std::string parameters_text(Index n) {
 void print_losses(const std::vector<Result>& results, bool with_source) {
   const Result& base = results.front();
   std::printf(
-      "\nLoss in nats a token on held-out text; bits a byte = loss / ln 2. Forgetting is the rise on the old "
-      "domain.\n\n");
-  std::printf("  %-12s %12s %10s %10s %11s %10s %9s %9s\n", "method", "trainable", "lr", "new domain", "old domain",
-              "forgetting", "ms/step", "tokens/s");
+      "\nLoss in nats a token on held-out text; bits a byte = loss / ln 2. 'start' is the new domain's loss before the "
+      "first "
+      "step,\nforgetting the rise on the old domain.\n\n");
+  std::printf("  %-12s %12s %10s %8s %11s %11s %11s %9s %9s\n", "method", "trainable", "lr", "start", "new domain",
+              "old domain", "forgetting", "ms/step", "tokens/s");
   for (const Result& r : results) {
-    const bool is_base = &r == &base;
-    std::printf("  %-12s %12s %10s %10.3f %11s %10s %9s %9s\n", r.method.c_str(),
-                is_base ? "-" : parameters_text(r.trainable).c_str(),
-                is_base ? "-" : format("%.2g", r.learning_rate).c_str(), r.target_loss,
-                with_source ? format("%.3f", r.source_loss).c_str() : "-",
-                with_source && !is_base ? format("%+.3f", r.source_loss - base.source_loss).c_str() : "-",
-                is_base ? "-" : format("%.1f", r.training.step_ms).c_str(),
-                is_base ? "-" : format("%.0f", r.training.tokens_per_second).c_str());
+    const std::string old = with_source ? format("%.3f", r.source_loss) : "-";
+    if (&r == &base) {
+      std::printf("  %-12s %12s %10s %8s %11.3f %11s %11s %9s %9s\n", r.method.c_str(), "-", "-", "-", r.target_loss,
+                  old.c_str(), "-", "-", "-");
+      continue;
+    }
+    const std::string forgetting = with_source ? format("%+.3f", r.source_loss - base.source_loss) : "-";
+    std::printf("  %-12s %12s %10.2g %8.3f %11.3f %11s %11s %9.1f %9.0f\n", r.method.c_str(),
+                parameters_text(r.trainable).c_str(), r.learning_rate, r.first_loss, r.target_loss, old.c_str(),
+                forgetting.c_str(), r.training.step_ms, r.training.tokens_per_second);
   }
 }
 

@@ -78,8 +78,9 @@ TEST_CASE("activation covariance: batches add up to the whole") {
 
 TEST_CASE_TEMPLATE("corda: the triplets of W·C, against Eigen and an explicit inverse", T, float, double) {
   const double eps = std::numeric_limits<T>::epsilon();
-  for (const auto& [m, n] : {std::pair<Index, Index>{30, 20}, {20, 30}})
+  for (const auto& shape : {std::pair<Index, Index>{30, 20}, {20, 30}})
     for (const CordaMode mode : {CordaMode::instruction, CordaMode::knowledge}) {
+      const Index m = shape.first, n = shape.second;
       CAPTURE(m);
       CAPTURE(int(mode));
       const Index r = 4, k = std::min(m, n);

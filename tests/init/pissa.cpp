@@ -24,7 +24,8 @@ test::KnownMatrix decaying(Index m, Index n, std::uint64_t seed) {
 
 TEST_CASE_TEMPLATE("pissa: the factors are the principal triplets, base + s·B·A = W", T, float, double) {
   const double eps = std::numeric_limits<T>::epsilon();
-  for (const auto& [m, n, r] : {std::array<Index, 3>{60, 40, 6}, {40, 60, 6}, {30, 30, 30}, {1, 9, 1}, {9, 1, 1}}) {
+  for (const auto& shape : {std::array<Index, 3>{60, 40, 6}, {40, 60, 6}, {30, 30, 30}, {1, 9, 1}, {9, 1, 1}}) {
+    const Index m = shape[0], n = shape[1], r = shape[2];  // Clang 14 cannot capture structured bindings
     CAPTURE(m);
     CAPTURE(n);
     const test::KnownMatrix known = decaying(m, n, 3);
@@ -155,8 +156,9 @@ TEST_CASE("pissa: determinism") {
 TEST_CASE_TEMPLATE("minor_svd: the smallest triplets, through the inverse and through the full SVD", T, float, double) {
   const double eps = std::numeric_limits<T>::epsilon();
   // 260 columns pass through the inverse; 40 do not.
-  for (const auto& [m, n, r] :
+  for (const auto& shape :
        {std::array<Index, 3>{300, 260, 5}, {260, 300, 5}, {260, 260, 8}, {60, 40, 5}, {1, 7, 1}, {7, 1, 1}}) {
+    const Index m = shape[0], n = shape[1], r = shape[2];  // Clang 14 cannot capture structured bindings
     CAPTURE(m);
     CAPTURE(n);
     const Index k = std::min(m, n);

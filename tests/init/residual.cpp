@@ -138,7 +138,8 @@ TEST_CASE("bad input to residual_base") {
 }
 
 TEST_CASE_TEMPLATE("olora: B has the columns of Q, base + s·B·A = W", T, float, double) {
-  for (const auto& [m, n, r] : {std::array<Index, 3>{40, 60, 7}, {60, 40, 7}, {9, 9, 9}, {1, 12, 1}, {12, 1, 1}}) {
+  for (const auto& shape : {std::array<Index, 3>{40, 60, 7}, {60, 40, 7}, {9, 9, 9}, {1, 12, 1}, {12, 1, 1}}) {
+    const Index m = shape[0], n = shape[1], r = shape[2];  // Clang 14 cannot capture structured bindings
     CAPTURE(m);
     CAPTURE(n);
     const auto W = test::random_matrix<T>(m, n, 11);

@@ -3,9 +3,11 @@
 // once.
 #pragma once
 
-#include <cmath>
+#include <algorithm>
+#include <limits>
 #include <vector>
 
+#include "lowrank/core/matrix.hpp"
 #include "lowrank/core/threads.hpp"
 #include "lowrank/linalg/simd.hpp"
 
@@ -30,20 +32,31 @@ class RotationQueue {
 
   /// Applies everything recorded to the rows of Z (row-major, `cols` wide, `ld` apart), then forgets it.
   ///
-  /// Columns do not see each other, so strips of them go to different threads, and within a strip every row stays in
-  /// cache while a row is carried in registers from one rotation to the next: one load and one store for six flops a
-  /// scalar.
+  /// Columns do not see each other, so strips of them go to different threads. A strip is copied out and back: rows a
+  /// power of two apart would fall into the same few cache sets. Within it a row is carried in registers from one
+  /// rotation to the next: one load and one store for six flops a scalar.
   void apply(T* Z, Index cols, Index ld) {
-    constexpr Index strip = 4 * lanes<T>;
-    parallel_ranges((cols + strip - 1) / strip, 1, [&](Index begin, Index end) {
-      for (Index b = begin; b < end; ++b) {
-        const Index j = b * strip;
-        if (cols - j >= strip)
-          strip_of<4>(Z + j, ld);
-        else
-          tail(Z + j, cols - j, ld);
-      }
-    });
+    Index low = std::numeric_limits<Index>::max(), high = 0;
+    for (const Sweep& sweep : sweeps_) {
+      if (sweep.count == 0) continue;
+      const Index last = sweep.first_row + (sweep.count - 1) * sweep.step;
+      low = std::min({low, sweep.first_row, last});
+      high = std::max({high, sweep.first_row + 1, last + 1});
+    }
+    if (low < high)
+      parallel_ranges((cols + strip - 1) / strip, 1, [&](Index begin, Index end) {
+        Buffer<T> copy((high - low + 1) * strip);
+        for (Index b = begin; b < end; ++b) {
+          const Index j = b * strip, width = std::min(strip, cols - j);
+          for (Index i = low; i <= high; ++i) {
+            T* const row = copy.data() + (i - low) * strip;
+            std::copy_n(Z + i * ld + j, width, row);
+            std::fill(row + width, row + strip, T(0));
+          }
+          apply_to_strip(copy.data(), low);
+          for (Index i = low; i <= high; ++i) std::copy_n(copy.data() + (i - low) * strip, width, Z + i * ld + j);
+        }
+      });
     clear();
   }
 
@@ -55,54 +68,33 @@ class RotationQueue {
     Index begin, count, first_row, step;
   };
 
-  template <int NV>
-  void strip_of(T* z, Index ld) const {
-    constexpr int L = lanes<T>;
+  static constexpr int L = lanes<T>, NV = 4;
+  static constexpr Index strip = NV * L;
+
+  /// Row i of the strip is at z + (i − low)·strip.
+  void apply_to_strip(T* z, Index low) const {
     for (const Sweep& sweep : sweeps_) {
-      const Rotation* r = cs_.data() + sweep.begin;
       if (sweep.count == 0) continue;
+      const Rotation* r = cs_.data() + sweep.begin;
+      const bool forward = sweep.step > 0;
+      const Index next = forward ? strip : -strip;
+      // Backwards the carried row is the lower one of each pair, and the rotation turns the other way.
+      const T sign = forward ? T(1) : T(-1);
+      T* row = z + (sweep.first_row - low + (forward ? 0 : 1)) * strip;
       Vec<T> carry[NV];
-      if (sweep.step > 0) {
-        T* row = z + sweep.first_row * ld;
-        for (int v = 0; v < NV; ++v) carry[v] = load<Vec<T>>(row + v * L);
-        for (Index k = 0; k < sweep.count; ++k, row += ld) {
-          const T c = r[k].c, s = r[k].s;
-          LOWRANK_UNROLL
-          for (int v = 0; v < NV; ++v) {
-            const Vec<T> next = load<Vec<T>>(row + ld + v * L);
-            store(row + v * L, c * carry[v] + s * next);
-            carry[v] = c * next - s * carry[v];
-          }
-        }
-        for (int v = 0; v < NV; ++v) store(row + v * L, carry[v]);
-      } else {
-        T* row = z + (sweep.first_row + 1) * ld;
-        for (int v = 0; v < NV; ++v) carry[v] = load<Vec<T>>(row + v * L);
-        for (Index k = 0; k < sweep.count; ++k, row -= ld) {
-          const T c = r[k].c, s = r[k].s;
-          LOWRANK_UNROLL
-          for (int v = 0; v < NV; ++v) {
-            const Vec<T> previous = load<Vec<T>>(row - ld + v * L);
-            store(row + v * L, c * carry[v] - s * previous);
-            carry[v] = c * previous + s * carry[v];
-          }
-        }
-        for (int v = 0; v < NV; ++v) store(row + v * L, carry[v]);
-      }
-    }
-  }
-  void tail(T* z, Index cols, Index ld) const {
-    for (const Sweep& sweep : sweeps_) {
-      Index i = sweep.first_row;
-      for (Index k = 0; k < sweep.count; ++k, i += sweep.step) {
-        const Rotation r = cs_[std::size_t(sweep.begin + k)];
-        T *x = z + i * ld, *y = x + ld;
-        for (Index j = 0; j < cols; ++j) {
-          const T a = x[j], b = y[j];
-          x[j] = r.c * a + r.s * b;
-          y[j] = r.c * b - r.s * a;
+      LOWRANK_UNROLL
+      for (int v = 0; v < NV; ++v) carry[v] = load<Vec<T>>(row + v * L);
+      for (Index k = 0; k < sweep.count; ++k, row += next) {
+        const T c = r[k].c, s = sign * r[k].s;
+        LOWRANK_UNROLL
+        for (int v = 0; v < NV; ++v) {
+          const Vec<T> other = load<Vec<T>>(row + next + v * L);
+          store(row + v * L, c * carry[v] + s * other);
+          carry[v] = c * other - s * carry[v];
         }
       }
+      LOWRANK_UNROLL
+      for (int v = 0; v < NV; ++v) store(row + v * L, carry[v]);
     }
   }
 

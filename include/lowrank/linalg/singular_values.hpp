@@ -45,10 +45,13 @@ inline std::vector<double> symmetric_eigenvalues(MatrixView<double> A, const cha
   if (n < 256) {
     std::vector<double> tau(std::size_t(n), 0.0);
     tridiagonalize(A, d.data(), e.data(), tau.data());
+  } else if (n < 3072) {
+    reduce_to_band(A, 32);
+    BulgeChaser<32>(A).run(d.data(), e.data());
   } else {
-    constexpr int band = 32;
-    reduce_to_band(A, band);
-    BulgeChaser<band>(A).run(d.data(), e.data());
+    // Out of cache the matrix should be passed over less often; the bulges cost twice as much, which is little.
+    reduce_to_band(A, 64);
+    BulgeChaser<64>(A).run(d.data(), e.data());
   }
   NoRotations none;
   if (!tridiagonal_ql(n, d.data(), e.data(), none, [] {}))
@@ -142,11 +145,12 @@ SingularValues singular_values_of(MatrixView<const S> W, const SingularValueOpti
 /// **Shapes** W m×n in any order, stored as float, double, bf16 or f16; min(m, n) values. **Scale** W is scaled by a
 /// power of two, so any finite entries do. **Throws** NonFiniteError naming the first NaN or infinity, ArgumentError on
 /// options that are not positive. **Cost** with n the short side: m·n² flops for the Gram matrix at the speed of
-/// products, 4/3·n³ for the reduction to a band, in products, 6·n²·32 to a tridiagonal in cache, and O(n²); memory 8·n²
-/// bytes, W itself is streamed.
+/// products, 4/3·n³ for the reduction to a band, in products, 6·n²·32 (64 from 3072 columns on) to a tridiagonal in
+/// cache, and O(n²); memory 8·n² bytes, W itself is streamed.
 /// **Numerics** see SingularValueOptions; the result carries its error, and tells values below √(squared_error) apart
 /// from zero only when relative_accuracy asked for it. The bounds treat rounding errors as random, with tenfold room; a
-/// worst case proof would be √n larger. The same bits for any number of threads, unless LAPACK does the work.
+/// worst case proof would be √n larger. Through the Gram matrix the same bits for any number of threads; the fallback
+/// gives the same bits for the same number.
 /// **Source** Bischof, Lang & Sun (2000) for the two stages, Demmel & Kahan (1990) for the fallback.
 template <MatrixLike X>
 SingularValues singular_values(X&& W, const SingularValueOptions& options = {}) {

@@ -15,19 +15,24 @@
 namespace lowrank {
 namespace detail {
 
-/// Rows of Z in the given order become the columns of a new matrix, `flip` negated.
+/// Rows of Z in the given order become the columns of a new matrix, of unit norm and negated where `signs` is.
+///
+/// Thousands of rotations rounded to U leave the angles between vectors at √k·eps, but let lengths drift further.
 template <class T, class U>
-Matrix<T> columns_from_rows(const Matrix<U>& Z, const std::vector<Index>& order, const std::vector<double>* signs) {
+Matrix<T> unit_columns(const Matrix<U>& Z, const std::vector<Index>& order, const std::vector<double>* signs) {
   const Index k = Index(order.size()), n = Z.cols();
+  std::vector<double> factor(std::size_t(k), 1.0);
+  for (Index j = 0; j < k; ++j) {
+    const Index from = order[std::size_t(j)];
+    factor[std::size_t(j)] = (signs != nullptr && (*signs)[std::size_t(from)] < 0 ? -1 : 1) / norm2(n, &Z(from, 0));
+  }
   Matrix<T> out;
   out.resize(n, k);
   constexpr Index band = 32;
   for (Index i0 = 0; i0 < n; i0 += band)
-    for (Index j = 0; j < k; ++j) {
-      const Index from = order[std::size_t(j)];
-      const U sign = signs != nullptr && (*signs)[std::size_t(from)] < 0 ? U(-1) : U(1);
-      for (Index i = i0; i < std::min(n, i0 + band); ++i) out(i, j) = T(sign * Z(from, i));
-    }
+    for (Index j = 0; j < k; ++j)
+      for (Index i = i0; i < std::min(n, i0 + band); ++i)
+        out(i, j) = T(factor[std::size_t(j)] * double(Z(order[std::size_t(j)], i)));
   return out;
 }
 
@@ -56,8 +61,7 @@ Svd<T> bidiagonal_svd(MatrixView<U> A, const char* where) {
   std::vector<double> size(d);
   for (double& x : size) x = std::abs(x);
   const auto order = descending_order(size);
-  Svd<T> out{columns_from_rows<T>(Ut, order, nullptr), std::vector<T>(std::size_t(n)),
-             columns_from_rows<T>(Vt, order, &d)};
+  Svd<T> out{unit_columns<T>(Ut, order, nullptr), std::vector<T>(std::size_t(n)), unit_columns<T>(Vt, order, &d)};
   for (std::size_t j = 0; j < out.S.size(); ++j) out.S[j] = T(size[std::size_t(order[j])]);
   return out;
 }

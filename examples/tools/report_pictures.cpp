@@ -82,8 +82,7 @@ std::string number_text(double x) {
   return buffer;
 }
 
-// One colour no palette uses stands for "the text colour" and becomes currentColor.
-constexpr const char* ink = "#010203";
+// One colour no palette uses, #010203, stands for "the text colour" and becomes currentColor.
 constexpr const char* preamble =
     "set encoding utf8\n"
     "set border lc rgb '#010203'\nset tics textcolor rgb '#010203'\nset key textcolor rgb '#010203'\n"
@@ -101,7 +100,7 @@ struct Plot {
 };
 
 std::string in_ink(std::string svg, const std::string& colour) {
-  for (const std::string from : {"rgb(  1,   2,   3)", "rgb(1, 2, 3)", "#010203"})
+  for (const std::string from : {"rgb(  1,   2,   3)", "rgb(1,2,3)", "#010203"})
     for (std::size_t at = 0; (at = svg.find(from, at)) != std::string::npos; at += colour.size())
       svg.replace(at, from.size(), colour);
   return svg;
@@ -112,6 +111,9 @@ std::string inline_svg(const std::string& file, const std::string& name, const s
   const std::size_t begin = file.find("<svg"), end = file.rfind("</svg>");
   if (begin == std::string::npos || end == std::string::npos) return {};
   std::string svg = in_ink(file.substr(begin, end + 6 - begin), "currentColor");
+  // Axes are drawn in gnuplot's own black through CSS colour, which must be inherited from the page instead.
+  const std::string black = " color=\"black\"";
+  for (std::size_t at = 0; (at = svg.find(black, at)) != std::string::npos;) svg.erase(at, black.size());
   // gnuplot's own script for mouse tracking is not asked for; ids are prefixed in definitions and references alike.
   for (const char* mark : {"id=\"", "href=\"#", "href='#", "url(#"}) {
     const std::string m = mark;
@@ -155,12 +157,13 @@ void add_heat_map(const Json& report, const fs::path& dir, std::vector<Plot>& pl
   }
   if (!(high > low)) high = low + std::max(1e-9, std::abs(low) * 1e-3);
   const std::string what = heat_caption(report);
-  plots.push_back({"heat", what + " by layer and module",
-                   "unset key\nunset grid\nset ylabel 'layer'\nset cblabel " + gp(what) +
-                       "\nset xtics rotate by -35 (" + tics + ")\nset xrange [-0.5:" + std::to_string(next) +
-                       "-0.5]\nset yrange [-0.5:" + std::to_string(layers) + "-0.5]\nset cbrange [" + number_text(low) +
-                       ":" + number_text(high) + "]\nplot 'heat.dat' using 1:2:3 with image pixels\n",
-                   860, std::clamp(180 + 16 * layers, 320, 900)});
+  plots.push_back(
+      {"heat", what + " by layer and module",
+       "unset key\nunset grid\nset ylabel 'layer'\nset cblabel " + gp(what) + "\nset xtics rotate by -35 (" + tics +
+           ")\nset xrange [-0.5:" + std::to_string(next) + "-0.5]\nset yrange [-0.5:" + std::to_string(layers) +
+           "-0.5]\nset cbrange [" + number_text(low) + ":" + number_text(high) +
+           "]\nset style fill solid 1 noborder\nplot 'heat.dat' using 1:2:(0.5):(0.5):3 with boxxyerror lc palette\n",
+       860, std::clamp(180 + 16 * layers, 320, 900)});
 }
 
 /// A few spectra on log axes with the edges of noise and rounding: the ones farthest from noise, and the closest.

@@ -163,7 +163,8 @@ const char* verdict(double top, double edge) { return top == 0 ? "zero" : top <=
 
 Json weight_entry(const MatrixTensor& w, const Options& o) {
   Json j = entry(w.name, w.rows, w.cols, "weight");
-  j["dtype"] = io::dtype_name(w.tensor.dtype());
+  j["dtype"] = w.stored_as();
+  if (w.packed != nullptr) j["dequantised"] = true;
   w.tensor.populate();
   if (w.tensor.dtype() == io::Dtype::F64)
     analyse<double>(j, values_of<double>(w).view(), o);
@@ -176,7 +177,8 @@ Json weight_entry(const MatrixTensor& w, const Options& o) {
 template <class T>
 Json difference_entry(const MatrixTensor& tuned, const MatrixTensor& base, const Options& o) {
   Json j = entry(tuned.name, tuned.rows, tuned.cols, "difference");
-  j["dtype"] = io::dtype_name(tuned.tensor.dtype());
+  j["dtype"] = tuned.stored_as();
+  if (tuned.packed != nullptr || base.packed != nullptr) j["dequantised"] = true;
   Matrix<T> W = values_of<T>(tuned);
   const Matrix<T> W0 = values_of<T>(base);
   Json sides = Json::object();
@@ -186,11 +188,11 @@ Json difference_entry(const MatrixTensor& tuned, const MatrixTensor& base, const
     analyse<T>(sides["base"], W0.view(), quiet);
     analyse<T>(sides["tuned"], W.view(), quiet);
   }
-  const bool narrow = is_16_bit(tuned.tensor.dtype()) || is_16_bit(base.tensor.dtype());
-  const bool both = is_16_bit(tuned.tensor.dtype()) && is_16_bit(base.tensor.dtype());
+  const bool narrow = tuned.is_16_bit() || base.is_16_bit();
+  const bool both = tuned.is_16_bit() && base.is_16_bit();
   RoundingNoise rounding;
   if (narrow) {
-    const auto which = is_16_bit(tuned.tensor.dtype()) ? tuned.tensor.dtype() : base.tensor.dtype();
+    const auto which = tuned.is_16_bit() ? tuned.tensor.dtype() : base.tensor.dtype();
     const MatrixView<const T> v = W.view();
     rounding = which == io::Dtype::BF16 ? rounding_noise<bf16>(v, both) : rounding_noise<f16>(v, both);
   }
@@ -318,6 +320,11 @@ void run(const Options& o) {
       if (selected(w.name, o.filter))
         jobs.push_back({w.name, w.bytes(), cost(w.rows, w.cols), [&o, &w] { return weight_entry(w, o); }});
   }
+  for (const std::vector<MatrixTensor>* list : {&all, &std::as_const(base_list)})
+    if (const auto packed =
+            std::count_if(list->begin(), list->end(), [](const auto& w) { return w.packed != nullptr; });
+        packed > 0)
+      note(o.scan.common, std::to_string(packed) + " quantised weights are dequantised for the analysis");
   if (jobs.empty() && skipped.empty()) throw IoError(o.checkpoint, "holds no matrices");
   if (jobs.empty() && !o.filter.empty()) throw UsageError("--filter " + o.filter + " selects nothing");
   const std::string settings = "spectrum top " + std::to_string(o.top) + (o.values ? " values" : "") +

@@ -323,11 +323,28 @@ void finish_scan(const ScanOptions& o, ScanResult&& r, Json header, const std::s
     throw Error(lowrank::detail::text(faults.size(), " tensors do not fit each other: ", joined(faults)));
 }
 
+namespace {
+/// The shape a 4-bit weight had; all else about it is checked when it is read.
+std::pair<Index, Index> packed_shape(const io::Checkpoint& c, const std::string& name, const std::string& type) {
+  const io::TensorView state = c[name + std::string(io::detail::bnb_state) + type];
+  const auto text = io::detail::plain_values<std::uint8_t>(state);
+  const auto json =
+      io::detail::parse_json(state.file().path(), {reinterpret_cast<const char*>(text.data()), text.size()});
+  if (!json.is_object() || !json.contains("shape") || !json["shape"].is_array() || json["shape"].size() != 2 ||
+      !json["shape"][0].is_number_unsigned() || !json["shape"][1].is_number_unsigned())
+    state.fail("holds no shape of two extents");
+  return {json["shape"][0].get<Index>(), json["shape"][1].get<Index>()};
+}
+}  // namespace
+
 std::vector<MatrixTensor> matrices_of(const io::Checkpoint& checkpoint, std::vector<Skipped>& skipped) {
   std::vector<MatrixTensor> list;
   checkpoint.for_each([&](const io::TensorView& t) {
     const auto& s = t.shape();
-    if (s.size() < 2) {
+    if (const std::string type = io::bitsandbytes_type(checkpoint, t.name()); !type.empty()) {
+      const auto [m, n] = packed_shape(checkpoint, t.name(), type);
+      list.push_back({t.name(), t, m, n, 0, type, &checkpoint});
+    } else if (s.size() < 2) {
       skipped.push_back({t.name(), "has fewer than two dimensions"});
     } else if (!io::is_convertible_float(t.dtype())) {
       skipped.push_back({t.name(), "is stored as " + std::string(io::dtype_name(t.dtype()))});

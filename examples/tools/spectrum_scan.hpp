@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "lowrank/io/bitsandbytes.hpp"
 #include "models.hpp"
 
 namespace lowrank::tool {
@@ -61,13 +62,24 @@ std::string fingerprint(const std::vector<std::string>& paths, const std::string
 /// x, or null when it is not finite.
 inline Json finite(double x) { return std::isfinite(x) ? Json(x) : Json(nullptr); }
 
-/// The matrices of a checkpoint, with tensors of three dimensions split into their matrices and convolutions folded.
+/// One matrix of a checkpoint: a tensor of two dimensions, a convolution folded to two, a slice of a stack of three, or
+/// a 4-bit weight of bitsandbytes, which is dequantised when its values are asked for.
 struct MatrixTensor {
   std::string name;  ///< with "[e]" for a slice
   io::TensorView tensor;
   Index rows = 0, cols = 0, slice = 0;
+  std::string quantised = {};              ///< "nf4", "fp4"; empty for floating-point storage
+  const io::Checkpoint* packed = nullptr;  ///< where a quantised weight's parts are
+
   [[nodiscard]] std::uint64_t bytes() const {
-    return std::uint64_t(rows) * std::uint64_t(cols) * std::uint64_t(io::dtype_bits(tensor.dtype())) / 8;
+    return std::uint64_t(rows) * std::uint64_t(cols) * std::uint64_t(io::dtype_bits(tensor.dtype())) /
+           (packed != nullptr ? 16 : 8);
+  }
+  [[nodiscard]] std::string stored_as() const {
+    return packed != nullptr ? quantised : std::string(io::dtype_name(tensor.dtype()));
+  }
+  [[nodiscard]] bool is_16_bit() const {
+    return packed == nullptr && (tensor.dtype() == io::Dtype::BF16 || tensor.dtype() == io::Dtype::F16);
   }
 };
 std::vector<MatrixTensor> matrices_of(const io::Checkpoint& checkpoint, std::vector<Skipped>& skipped);
@@ -75,9 +87,10 @@ const MatrixTensor* find_matrix(const std::vector<MatrixTensor>& list, const std
 /// Whether name contains the filter (empty: everything).
 bool selected(const std::string& name, const std::string& filter);
 
-/// The values of a matrix as T, copied.
+/// The values of a matrix as T, copied. Throws NonFiniteError naming the first value that is not finite.
 template <Real T>
 Matrix<T> values_of(const MatrixTensor& m) {
+  if (m.packed != nullptr) return io::read_bitsandbytes<T>(*m.packed, m.name).dequantise();
   Matrix<T> out;
   out.resize(m.rows, m.cols);
   const std::size_t bytes = std::size_t(m.bytes());
@@ -85,6 +98,5 @@ Matrix<T> values_of(const MatrixTensor& m) {
                    out.data());
   return out;
 }
-inline bool is_16_bit(io::Dtype d) { return d == io::Dtype::BF16 || d == io::Dtype::F16; }
 
 }  // namespace lowrank::tool

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <vector>
 
+#include "lowrank/core/half.hpp"
 #include "lowrank/core/matrix.hpp"
 
 namespace lowrank {

@@ -63,17 +63,26 @@ template <int Bits>
 class LaneScales {
  public:
   explicit LaneScales(const QuantizedMatrix<float>& w)
-      : w_(w), plain_(w.is_double_quantised() ? nullptr : w.absmax().data()), block_size_(w.layout().block_size) {}
+      : w_(w), plain_(w.is_double_quantised() ? nullptr : w.absmax().data()) {
+    constexpr Index size = LaneGroup<Bits>::size;
+    const Index block_size = w.layout().block_size;
+    // Divided once, here: a division a group would cost as much as the group's sixteen lookups.
+    if (w.layout().blocking == Blocking::row)
+      shift_ = 63;
+    else if (block_size >= size)
+      shift_ = std::countr_zero(std::uint64_t(block_size / size));
+    else
+      blocks_ = int(size / block_size);
+    lanes_each_ = 16 / blocks_;
+  }
 
   [[nodiscard]] __m512 operator()(Index row, Index group) const {
-    constexpr Index size = LaneGroup<Bits>::size;
     const Index first = w_.row_block(row);
-    if (block_size_ >= size)
-      return broadcast(first + (w_.layout().blocking == Blocking::row ? 0 : group * size / block_size_));
-    const Index blocks = size / block_size_, lanes_each = 16 / blocks, block = first + group * blocks;
+    if (blocks_ == 1) return broadcast(first + (group >> shift_));
+    const Index block = first + group * blocks_;
     __m512 scales = broadcast(block);
-    for (Index b = 1; b < blocks; ++b)
-      scales = _mm512_mask_mov_ps(scales, __mmask16(0xffffU << (b * lanes_each)), broadcast(block + b));
+    for (int b = 1; b < blocks_; ++b)
+      scales = _mm512_mask_mov_ps(scales, __mmask16(0xffffU << (b * lanes_each_)), broadcast(block + b));
     return scales;
   }
 
@@ -83,7 +92,8 @@ class LaneScales {
   }
   const QuantizedMatrix<float>& w_;
   const float* plain_;
-  Index block_size_;
+  int blocks_ = 1, lanes_each_ = 16;  ///< blocks in a group when they are smaller than it
+  int shift_ = 0;                     ///< groups in a block, as a power of two
 };
 
 /// C(i, j) = accumulate·C(i, j) + x_i · W(j, ·) for J rows of W from j and MR permuted vectors `ldx` apart.

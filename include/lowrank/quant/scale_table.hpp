@@ -25,7 +25,10 @@ class ScaleTable {
  public:
   ScaleTable() = default;
   explicit ScaleTable(std::vector<float> scales) : plain_(std::move(scales)), count_(Index(plain_.size())) {}
-  explicit ScaleTable(NestedScales nested) : nested_(std::move(nested)), count_(Index(nested_.codes.size())) {}
+  explicit ScaleTable(NestedScales nested) : nested_(std::move(nested)), count_(Index(nested_.codes.size())) {
+    const auto size = std::uint64_t(nested_.block_size);
+    if (std::has_single_bit(size)) shift_ = std::countr_zero(size);
+  }
 
   /// Quantises scales a second time, as bitsandbytes' compress_statistics: offset = their mean, the rest on the dynamic
   /// 8-bit map in blocks. The mean is taken in double; theirs, summed in float, may differ in its last bits.
@@ -61,7 +64,7 @@ class ScaleTable {
     // In double the product of two floats is exact, so this rounds as a float product does and cannot become a fused
     // multiply-add, which bitsandbytes' two steps are not.
     const auto product = float(double(nested_.values[nested_.codes[std::size_t(b)]]) *
-                               double(nested_.absmax[std::size_t(b / nested_.block_size)]));
+                               double(nested_.absmax[std::size_t(shift_ >= 0 ? b >> shift_ : b / nested_.block_size)]));
     return product + nested_.offset;
   }
   [[nodiscard]] Index bytes() const noexcept {
@@ -73,6 +76,7 @@ class ScaleTable {
   std::vector<float> plain_;
   NestedScales nested_;
   Index count_ = 0;
+  int shift_ = -1;  ///< of a second-level block size that is a power of two
 };
 
 }  // namespace detail

@@ -58,12 +58,11 @@ inline bool has_lane_products(const QuantizedMatrix<float>& w) {
   return w.layout().rows_start_blocks() && w.cols() % (512 / book.bits()) == 0;
 }
 
-/// The scales of the lanes of a group.
+/// The scales of the lanes of each group, from the scales of a row's blocks.
 template <int Bits>
 class LaneScales {
  public:
-  explicit LaneScales(const QuantizedMatrix<float>& w)
-      : w_(w), plain_(w.is_double_quantised() ? nullptr : w.absmax().data()) {
+  explicit LaneScales(const QuantizedMatrix<float>& w) {
     constexpr Index size = LaneGroup<Bits>::size;
     const Index block_size = w.layout().block_size;
     // Divided once, here: a division a group would cost as much as the group's sixteen lookups.
@@ -73,50 +72,54 @@ class LaneScales {
       shift_ = std::countr_zero(std::uint64_t(block_size / size));
     else
       blocks_ = int(size / block_size);
-    lanes_each_ = 16 / blocks_;
   }
+  /// The first block of a group, counted within its row.
+  [[nodiscard]] Index block(Index group) const { return blocks_ == 1 ? group >> shift_ : group * blocks_; }
 
-  [[nodiscard]] __m512 operator()(Index row, Index group) const {
-    const Index first = w_.row_block(row);
-    if (blocks_ == 1) return broadcast(first + (group >> shift_));
-    const Index block = first + group * blocks_;
-    __m512 scales = broadcast(block);
+  /// `scales` of the row's blocks from `first` on.
+  [[nodiscard]] __m512 operator()(const float* scales, Index group, Index first) const {
+    const float* s = scales + block(group) - first;
+    if (blocks_ == 1) return _mm512_set1_ps(*s);
+    if (blocks_ == 2) return _mm512_mask_mov_ps(_mm512_set1_ps(s[0]), 0xff00, _mm512_set1_ps(s[1]));
+    __m512 v = _mm512_set1_ps(*s);
     for (int b = 1; b < blocks_; ++b)
-      scales = _mm512_mask_mov_ps(scales, __mmask16(0xffffU << (b * lanes_each_)), broadcast(block + b));
-    return scales;
+      v = _mm512_mask_mov_ps(v, __mmask16(0xffffU << (b * 16 / blocks_)), _mm512_set1_ps(s[b]));
+    return v;
   }
 
  private:
-  [[nodiscard]] __m512 broadcast(Index block) const {
-    return _mm512_set1_ps(plain_ != nullptr ? plain_[block] : w_.scale(block));
-  }
-  const QuantizedMatrix<float>& w_;
-  const float* plain_;
-  int blocks_ = 1, lanes_each_ = 16;  ///< blocks in a group when they are smaller than it
-  int shift_ = 0;                     ///< groups in a block, as a power of two
+  int blocks_ = 1;  ///< blocks in a group when they are smaller than it
+  int shift_ = 0;   ///< groups in a block, as a power of two
 };
 
-/// C(i, j) = accumulate·C(i, j) + x_i · W(j, ·) for J rows of W from j and MR permuted vectors `ldx` apart.
+/// C(i, j) = accumulate·C(i, j) + x_i · W(j, ·) for J rows of W from j and MR permuted vectors `ldx` apart. `buffer`
+/// holds the scales of J rows.
 template <int Bits, int MR, int J>
-void lane_dot(const float* x, Index ldx, const QuantizedMatrix<float>& w, const LaneScales<Bits>& scales,
-              bool accumulate, MatrixView<float> c, Index j) {
+void lane_dot(const float* x, Index ldx, const QuantizedMatrix<float>& w, const LaneScales<Bits>& lane_scales,
+              bool accumulate, MatrixView<float> c, Index j, float* buffer) {
   using Group = LaneGroup<Bits>;
   const __m512 table = _mm512_loadu_ps(w.codebook().table16());
+  const Index groups = w.cols() / Group::size, blocks = w.row_block(1);
+  const float* scales[J];
+  const std::uint8_t* stream[J];
   __m512 acc[MR][J];
-  for (int i = 0; i < MR; ++i)
-    for (int r = 0; r < J; ++r) acc[i][r] = _mm512_setzero_ps();
-  const Index groups = w.cols() / Group::size;
+  for (int r = 0; r < J; ++r) {
+    scales[r] = w.scales(w.row_block(j + r), blocks, buffer + r * blocks);
+    stream[r] = w.row_stream(j + r);
+    for (int i = 0; i < MR; ++i) acc[i][r] = _mm512_setzero_ps();
+  }
   for (Index g = 0; g < groups; ++g, x += Group::size) {
     LOWRANK_UNROLL
     for (int r = 0; r < J; ++r) {
       __m512 partial[MR];
+      LOWRANK_UNROLL
       for (int i = 0; i < MR; ++i) partial[i] = _mm512_setzero_ps();
-      Group::for_codes(_mm512_loadu_si512(w.row_stream(j + r) + 64 * g), table, [&](auto e, __m512 v) {
+      Group::for_codes(_mm512_loadu_si512(stream[r] + 64 * g), table, [&](auto e, __m512 v) {
         LOWRANK_UNROLL
         for (int i = 0; i < MR; ++i)
           partial[i] = _mm512_fmadd_ps(_mm512_loadu_ps(x + i * ldx + 16 * decltype(e)::value), v, partial[i]);
       });
-      const __m512 s = scales(j + r, g);
+      const __m512 s = lane_scales(scales[r], g, 0);
       LOWRANK_UNROLL
       for (int i = 0; i < MR; ++i) acc[i][r] = _mm512_fmadd_ps(partial[i], s, acc[i][r]);
     }
@@ -131,26 +134,41 @@ void lane_dot(const float* x, Index ldx, const QuantizedMatrix<float>& w, const 
 
 /// out_i += Σ_r p(i, k + r)·W(k + r, ·) over K rows of W from k, groups [g0, g1), MR permuted outputs `ldo` apart.
 template <int Bits, int MR, int K>
-void lane_axpy(MatrixView<const float> p, Index k, const QuantizedMatrix<float>& w, const LaneScales<Bits>& scales,
-               Index g0, Index g1, float* out, Index ldo) {
+void lane_axpy(MatrixView<const float> p, Index k, const QuantizedMatrix<float>& w, const LaneScales<Bits>& lane_scales,
+               Index g0, Index g1, float* out, Index ldo, float* buffer) {
   using Group = LaneGroup<Bits>;
   const __m512 table = _mm512_loadu_ps(w.codebook().table16());
+  const Index first = lane_scales.block(g0), blocks = w.row_block(1) - first;
+  const float* scales[K];
+  const std::uint8_t *stream[K], *next[K];
+  float x[MR][K];
+  for (int r = 0; r < K; ++r) {
+    scales[r] = w.scales(w.row_block(k + r) + first, blocks, buffer + r * blocks);
+    stream[r] = w.row_stream(k + r);
+    next[r] = w.row_stream(std::min(k + r + K, w.rows() - 1));
+    for (int i = 0; i < MR; ++i) x[i][r] = p(i, k + r);
+  }
   for (Index g = g0; g < g1; ++g, out += Group::size) {
     __m512 acc[MR][Group::per_lane];
-    for (int i = 0; i < MR; ++i)
-      for (int e = 0; e < Group::per_lane; ++e) acc[i][e] = _mm512_loadu_ps(out + i * ldo + 16 * e);
+    LOWRANK_UNROLL
+    for (int i = 0; i < MR; ++i) LOWRANK_UNROLL
+    for (int e = 0; e < Group::per_lane; ++e) acc[i][e] = _mm512_loadu_ps(out + i * ldo + 16 * e);
     for (int r = 0; r < K; ++r) {
-      const __m512 s = scales(k + r, g);
+      // Each row is a short run of lines far from the last: too short for the hardware to see it coming.
+      __builtin_prefetch(next[r] + 64 * g);
+      const __m512 s = lane_scales(scales[r], g, first);
       __m512 factor[MR];
-      for (int i = 0; i < MR; ++i) factor[i] = _mm512_mul_ps(s, _mm512_set1_ps(p(i, k + r)));
-      Group::for_codes(_mm512_loadu_si512(w.row_stream(k + r) + 64 * g), table, [&](auto e, __m512 v) {
+      LOWRANK_UNROLL
+      for (int i = 0; i < MR; ++i) factor[i] = _mm512_mul_ps(s, _mm512_set1_ps(x[i][r]));
+      Group::for_codes(_mm512_loadu_si512(stream[r] + 64 * g), table, [&](auto e, __m512 v) {
         LOWRANK_UNROLL
         for (int i = 0; i < MR; ++i)
           acc[i][decltype(e)::value] = _mm512_fmadd_ps(factor[i], v, acc[i][decltype(e)::value]);
       });
     }
-    for (int i = 0; i < MR; ++i)
-      for (int e = 0; e < Group::per_lane; ++e) _mm512_storeu_ps(out + i * ldo + 16 * e, acc[i][e]);
+    LOWRANK_UNROLL
+    for (int i = 0; i < MR; ++i) LOWRANK_UNROLL
+    for (int e = 0; e < Group::per_lane; ++e) _mm512_storeu_ps(out + i * ldo + 16 * e, acc[i][e]);
   }
 }
 
@@ -164,12 +182,14 @@ void lane_forward(MatrixView<const float> p, const QuantizedMatrix<float>& w, bo
   const float* x = permuted.data();  // the calling thread's, read by all
   const LaneScales<Bits> scales(w);
   parallel_ranges(w.rows(), std::max<Index>(16, few_rows_grain / n), [&](Index j0, Index j1) {
+    thread_local Buffer<float> buffer;
+    buffer.resize(4 * w.row_block(1));
     in_row_groups(c.rows(), [&]<int MR>(Index i) {
       const auto ci = c.middle_rows(i, MR);
       constexpr int J = MR == 4 ? 2 : 4;
       Index j = j0;
-      for (; j + J <= j1; j += J) lane_dot<Bits, MR, J>(x + i * n, n, w, scales, accumulate, ci, j);
-      for (; j < j1; ++j) lane_dot<Bits, MR, 1>(x + i * n, n, w, scales, accumulate, ci, j);
+      for (; j + J <= j1; j += J) lane_dot<Bits, MR, J>(x + i * n, n, w, scales, accumulate, ci, j, buffer.data());
+      for (; j < j1; ++j) lane_dot<Bits, MR, 1>(x + i * n, n, w, scales, accumulate, ci, j, buffer.data());
     });
   });
 }
@@ -182,15 +202,17 @@ void lane_backward(MatrixView<const float> p, const QuantizedMatrix<float>& w, b
   const Index groups = w.cols() / Group::size;
   const Index grain = std::max<Index>(1, few_rows_grain / std::max<Index>(1, w.rows() * Group::size));
   parallel_ranges(groups, grain, [&](Index g0, Index g1) {
-    thread_local Buffer<float> permuted;
+    thread_local Buffer<float> permuted, buffer;
     const Index n = (g1 - g0) * Group::size;
+    buffer.resize(8 * w.row_block(1));
     const auto tokens = [&]<int MR>(Index i) {
       permuted.resize(MR * n);
       std::fill(permuted.begin(), permuted.end(), 0.0F);
       const auto pi = p.middle_rows(i, MR);
       Index k = 0;
-      for (; k + 8 <= w.rows(); k += 8) lane_axpy<Bits, MR, 8>(pi, k, w, scales, g0, g1, permuted.data(), n);
-      for (; k < w.rows(); ++k) lane_axpy<Bits, MR, 1>(pi, k, w, scales, g0, g1, permuted.data(), n);
+      for (; k + 8 <= w.rows(); k += 8)
+        lane_axpy<Bits, MR, 8>(pi, k, w, scales, g0, g1, permuted.data(), n, buffer.data());
+      for (; k < w.rows(); ++k) lane_axpy<Bits, MR, 1>(pi, k, w, scales, g0, g1, permuted.data(), n, buffer.data());
       for (int t = 0; t < MR; ++t)
         Group::unpermute(permuted.data() + t * n, n, accumulate, &c(i + t, g0 * Group::size));
     };

@@ -213,6 +213,10 @@ class QuantizedMatrix {
   [[nodiscard]] detail::BlockScale block_scale(Index block) const noexcept {
     return {scales_[block], zeros_.empty() ? 0.0F : float(zeros_[std::size_t(block)])};
   }
+  /// The scales of blocks [block, block + n), see ScaleTable::range.
+  [[nodiscard]] const float* scales(Index block, Index n, float* buffer) const noexcept {
+    return scales_.range(block, n, buffer);
+  }
   /// The first byte of a row; only when layout().rows_start_blocks().
   [[nodiscard]] const std::uint8_t* row_stream(Index row) const noexcept { return codes_.data() + row * row_bytes_; }
   [[nodiscard]] Index row_block(Index row) const noexcept { return row * row_blocks_; }

@@ -67,6 +67,12 @@ class ScaleTable {
                                double(nested_.absmax[std::size_t(shift_ >= 0 ? b >> shift_ : b / nested_.block_size)]));
     return product + nested_.offset;
   }
+  /// Scales [b, b + n) as consecutive floats: their own memory, or decoded into `buffer`, which holds n.
+  [[nodiscard]] const float* range(Index b, Index n, float* buffer) const noexcept {
+    if (!is_nested()) return plain_.data() + b;
+    for (Index i = 0; i < n; ++i) buffer[i] = (*this)[b + i];
+    return buffer;
+  }
   [[nodiscard]] Index bytes() const noexcept {
     if (!is_nested()) return Index(plain_.size() * sizeof(float));
     return Index(nested_.codes.size() + (nested_.absmax.size() + nested_.values.size() + 1) * sizeof(float));

@@ -93,16 +93,7 @@ TEST_CASE("gradients agree with finite differences") {
     };
     loss();
     layer.backward(X, C, ws, dX, {.gradients = Update::assign});
-    const double h = 1e-5;
-    const auto numeric = [&](double& x) {
-      const double keep = x;
-      x = keep + h;
-      const double up = loss();
-      x = keep - h;
-      const double down = loss();
-      x = keep;
-      return (up - down) / (2 * h);
-    };
+    const auto numeric = [&](double& x) { return test::central_difference(x, loss); };
     const auto values = layer.parameters().values();
     for (std::size_t i = 0; i < values.size(); ++i)
       CHECK(numeric(values[i]) == doctest::Approx(layer.parameters().gradients()[i]).epsilon(1e-8).scale(10));

@@ -43,6 +43,18 @@ lowrank::Matrix<T> random_matrix(lowrank::Index rows, lowrank::Index cols, std::
   return m;
 }
 
+/// (f(x + h) − f(x − h)) / 2h with the variable put back: exact up to rounding, about eps·|f|/h, where f is quadratic.
+template <class F>
+double central_difference(double& x, F&& f, double h = 1e-5) {
+  const double keep = x;
+  x = keep + h;
+  const double up = f();
+  x = keep - h;
+  const double down = f();
+  x = keep;
+  return (up - down) / (2 * h);
+}
+
 template <class T>
 bool same_bits(const lowrank::Matrix<T>& a, const lowrank::Matrix<T>& b) {
   return a.rows() == b.rows() && a.cols() == b.cols() &&

@@ -44,30 +44,23 @@ struct DoraWorkspace {
 /// **Source** Liu et al., "DoRA", arXiv 2402.09353, eq. 5 and §4.3 (the norm as a constant).
 template <Real T, class Base = DenseBase<T>>
 requires FrozenBase<Base, T> && RowReadable<Base, T>
-class DoraLinear {
+class DoraLinear : public FactorParameters<T> {
  public:
-  using scalar = T;
+  using typename FactorParameters<T>::scalar;
+  using FactorParameters<T>::A, FactorParameters<T>::B, FactorParameters<T>::rank;
 
   /// `magnitude`: m, of out elements; empty starts from the row norms of W + s·B·A.
   DoraLinear(Base base, const LoraFactors<T>& factors, const LoraLinearOptions& options = {},
              std::vector<T> magnitude = {}, std::vector<T> bias = {})
-      : base_(std::move(base)),
-        scale_(factors.scale),
+      : FactorParameters<T>("DoraLinear", factors, base.rows(), base.cols(), "lora_A", "lora_B",
+                            {{"lora_magnitude_vector", 1, Index(base.rows())}}),
+        base_(std::move(base)),
         options_(options),
         bias_(detail::checked_bias("DoraLinear", std::move(bias), base_.rows())),
         base_squares_(detail::row_norms_squared<T>(base_)),
-        norms_(base_squares_.size()),
-        parameters_({{"lora_A", factors.A.rows(), factors.A.cols()},
-                     {"lora_B", factors.B.rows(), factors.B.cols()},
-                     {"lora_magnitude_vector", 1, Index(base_.rows())}}) {
-    detail::check_factors("DoraLinear", factors);
-    detail::check_rank("DoraLinear", factors.rank(), base_.rows(), base_.cols());
-    detail::expect_shape("DoraLinear", "A", factors.A.rows(), factors.A.cols(), factors.rank(), Index(base_.cols()));
-    detail::expect_shape("DoraLinear", "B", factors.B.rows(), factors.B.cols(), Index(base_.rows()), factors.rank());
+        norms_(base_squares_.size()) {
     detail::checked_dropout("DoraLinear", options.dropout);
     if (options.train_bias) throw ArgumentError("DoraLinear: a trained bias is not supported, got train_bias = true");
-    std::copy(factors.A.data(), factors.A.data() + factors.A.size(), A().data());
-    std::copy(factors.B.data(), factors.B.data() + factors.B.size(), B().data());
     if (!magnitude.empty() && Index(magnitude.size()) != out_features())
       throw ShapeError(
           detail::text("DoraLinear: the magnitude must have ", out_features(), " elements, got ", magnitude.size()));
@@ -79,17 +72,9 @@ class DoraLinear {
 
   [[nodiscard]] Index in_features() const noexcept { return base_.cols(); }
   [[nodiscard]] Index out_features() const noexcept { return base_.rows(); }
-  [[nodiscard]] Index rank() const noexcept { return A().rows(); }
   [[nodiscard]] const Base& base() const noexcept { return base_; }
-  [[nodiscard]] T scale() const noexcept { return scale_; }
-  [[nodiscard]] MatrixView<T> A() noexcept { return parameters_.value(0); }
-  [[nodiscard]] MatrixView<T> B() noexcept { return parameters_.value(1); }
-  [[nodiscard]] MatrixView<const T> A() const noexcept { return parameters_.value(0); }
-  [[nodiscard]] MatrixView<const T> B() const noexcept { return parameters_.value(1); }
   [[nodiscard]] MatrixView<T> magnitude() noexcept { return parameters_.value(2); }
   [[nodiscard]] MatrixView<const T> magnitude() const noexcept { return parameters_.value(2); }
-  [[nodiscard]] Parameters<T>& parameters() noexcept { return parameters_; }
-  [[nodiscard]] const Parameters<T>& parameters() const noexcept { return parameters_; }
 
   /// Y from X. In training the row norms follow A and B; in Phase::eval they are the last ones computed, so that
   /// decoding pays nothing for them (call it once in training phase, or update_norms, after changing A or B by hand).
@@ -145,6 +130,8 @@ class DoraLinear {
   }
 
  private:
+  using FactorParameters<T>::parameters_, FactorParameters<T>::scale_;
+
   [[nodiscard]] T ratio(Index j) const { return T(double(magnitude()(0, j)) / norms_[std::size_t(j)]); }
   [[nodiscard]] std::optional<detail::DropoutMask> mask(bool drops, const DoraWorkspace<T>& ws) const {
     if (!drops) return std::nullopt;
@@ -172,12 +159,10 @@ class DoraLinear {
   }
 
   Base base_;
-  T scale_;
   LoraLinearOptions options_;
   std::vector<T> bias_;
   std::vector<double> base_squares_, norms_;
   Matrix<double> gram_;
-  Parameters<T> parameters_;
 };
 
 }  // namespace lowrank

@@ -34,36 +34,20 @@ concept RowReadable = requires(const B& b, Index i, T* out) {
 /// (and is cleared first when assigned). **Source** PEFT's Embedding layer; Hu et al., arXiv 2106.09685.
 template <Real T, class Base = DenseBase<T>>
 requires RowReadable<Base, T>
-class LoraEmbedding {
+class LoraEmbedding : public FactorParameters<T> {
  public:
-  using scalar = T;
+  using typename FactorParameters<T>::scalar;
+  using FactorParameters<T>::A, FactorParameters<T>::B, FactorParameters<T>::rank;
 
   /// `factors` of the *transposed* table: A r×vocab, B dim×r. **Throws** ShapeError, ArgumentError as LoraLinear.
   LoraEmbedding(Base table, const LoraFactors<T>& factors)
-      : base_(std::move(table)),
-        scale_(factors.scale),
-        parameters_({{"lora_embedding_A", factors.A.rows(), factors.A.cols()},
-                     {"lora_embedding_B", factors.B.rows(), factors.B.cols()}}) {
-    detail::check_factors("LoraEmbedding", factors);
-    detail::check_rank("LoraEmbedding", factors.rank(), base_.rows(), base_.cols());
-    detail::expect_shape("LoraEmbedding", "A", factors.A.rows(), factors.A.cols(), factors.rank(), base_.rows());
-    detail::expect_shape("LoraEmbedding", "B", factors.B.rows(), factors.B.cols(), base_.cols(), factors.rank());
-    std::copy(factors.A.data(), factors.A.data() + factors.A.size(), A().data());
-    std::copy(factors.B.data(), factors.B.data() + factors.B.size(), B().data());
-  }
+      : FactorParameters<T>("LoraEmbedding", factors, table.cols(), table.rows(), "lora_embedding_A",
+                            "lora_embedding_B"),
+        base_(std::move(table)) {}
 
   [[nodiscard]] Index vocabulary() const noexcept { return base_.rows(); }
   [[nodiscard]] Index dimension() const noexcept { return base_.cols(); }
-  [[nodiscard]] Index rank() const noexcept { return A().rows(); }
   [[nodiscard]] const Base& base() const noexcept { return base_; }
-  [[nodiscard]] T scale() const noexcept { return scale_; }
-  [[nodiscard]] MatrixView<T> A() noexcept { return parameters_.value(0); }
-  [[nodiscard]] MatrixView<T> B() noexcept { return parameters_.value(1); }
-  [[nodiscard]] MatrixView<const T> A() const noexcept { return parameters_.value(0); }
-  [[nodiscard]] MatrixView<const T> B() const noexcept { return parameters_.value(1); }
-  [[nodiscard]] Parameters<T>& parameters() noexcept { return parameters_; }
-  [[nodiscard]] const Parameters<T>& parameters() const noexcept { return parameters_; }
-  [[nodiscard]] LoraFactors<T> factors() const { return {Matrix<T>(A()), Matrix<T>(B()), scale_}; }
 
   /// Rows for the ids. **Throws** ArgumentError for an id outside the vocabulary, ShapeError unless Y is tokens×dim.
   template <MatrixOf<T> Y>
@@ -105,9 +89,9 @@ class LoraEmbedding {
   }
 
  private:
+  using FactorParameters<T>::parameters_, FactorParameters<T>::scale_;
+
   Base base_;
-  T scale_;
-  Parameters<T> parameters_;
 };
 
 /// y_t = E[id_t] with the table trained ("weight", vocab×dim).

@@ -4,9 +4,8 @@
 
 #include <vector>
 
+#include "lowrank/adapter/factor_parameters.hpp"
 #include "lowrank/adapter/lora_functions.hpp"
-#include "lowrank/adapter/parameters.hpp"
-#include "lowrank/core/factors.hpp"
 
 namespace lowrank {
 
@@ -67,24 +66,20 @@ std::vector<T> checked_bias(const char* where, std::vector<T> bias, Index out) {
 /// flops; no allocation once the workspace has seen the largest batch. **Source** Hu et al., arXiv 2106.09685.
 template <Real T, class Base = DenseBase<T>>
 requires FrozenBase<Base, T>
-class LoraLinear {
+class LoraLinear : public FactorParameters<T> {
  public:
-  using scalar = T;
+  using typename FactorParameters<T>::scalar;
+  using FactorParameters<T>::A, FactorParameters<T>::B, FactorParameters<T>::rank;
 
   /// **Throws** ShapeError when factors or bias do not fit the base; ArgumentError for rank 0 or above min(out, in), a
   /// scale that is not finite, dropout outside [0, 1).
   LoraLinear(Base base, const LoraFactors<T>& factors, const LoraLinearOptions& options = {}, std::vector<T> bias = {})
-      : base_(std::move(base)),
-        scale_(factors.scale),
+      : FactorParameters<T>("LoraLinear", factors, base.rows(), base.cols(), "lora_A", "lora_B",
+                            bias_entry(options.train_bias, base.rows())),
+        base_(std::move(base)),
         options_(options),
-        bias_(detail::checked_bias("LoraLinear", std::move(bias), base_.rows())),
-        parameters_(table(base_, factors, options.train_bias)) {
-    detail::check_factors("LoraLinear", factors);
-    detail::check_rank("LoraLinear", factors.rank(), base_.rows(), base_.cols());
-    detail::expect_shape("LoraLinear", "A", factors.A.rows(), factors.A.cols(), factors.rank(), base_.cols());
-    detail::expect_shape("LoraLinear", "B", factors.B.rows(), factors.B.cols(), base_.rows(), factors.rank());
+        bias_(detail::checked_bias("LoraLinear", std::move(bias), base_.rows())) {
     detail::checked_dropout("LoraLinear", options.dropout);
-    set_factors(factors);
     if (options.train_bias) {
       const MatrixView<T> b = parameters_.value(2);
       for (std::size_t j = 0; j < bias_.size(); ++j) b(0, Index(j)) = bias_[j];
@@ -93,30 +88,11 @@ class LoraLinear {
 
   [[nodiscard]] Index in_features() const noexcept { return base_.cols(); }
   [[nodiscard]] Index out_features() const noexcept { return base_.rows(); }
-  [[nodiscard]] Index rank() const noexcept { return A().rows(); }
   [[nodiscard]] const Base& base() const noexcept { return base_; }
-  [[nodiscard]] T scale() const noexcept { return scale_; }
-  [[nodiscard]] MatrixView<T> A() noexcept { return parameters_.value(0); }
-  [[nodiscard]] MatrixView<T> B() noexcept { return parameters_.value(1); }
-  [[nodiscard]] MatrixView<const T> A() const noexcept { return parameters_.value(0); }
-  [[nodiscard]] MatrixView<const T> B() const noexcept { return parameters_.value(1); }
   /// Bias as it is now, empty when the layer has none.
   [[nodiscard]] std::span<const T> bias() const noexcept {
     return options_.train_bias ? std::span<const T>(parameters_.value(2).data(), std::size_t(out_features()))
                                : std::span<const T>(bias_);
-  }
-  [[nodiscard]] Parameters<T>& parameters() noexcept { return parameters_; }
-  [[nodiscard]] const Parameters<T>& parameters() const noexcept { return parameters_; }
-
-  /// A copy of the adapter as plain data.
-  [[nodiscard]] LoraFactors<T> factors() const { return {Matrix<T>(A()), Matrix<T>(B()), scale_}; }
-  /// Puts other values (and another scale) of the same shapes in. **Throws** ShapeError otherwise.
-  void set_factors(const LoraFactors<T>& f) {
-    detail::expect_shape("LoraLinear::set_factors", "A", f.A.rows(), f.A.cols(), A().rows(), A().cols());
-    detail::expect_shape("LoraLinear::set_factors", "B", f.B.rows(), f.B.cols(), B().rows(), B().cols());
-    std::copy(f.A.data(), f.A.data() + f.A.size(), A().data());
-    std::copy(f.B.data(), f.B.data() + f.B.size(), B().data());
-    scale_ = f.scale;
   }
 
   /// Y from X; keeps what backward needs in `ws`. In Phase::train a positive dropout acts on the low-rank path's input.
@@ -147,10 +123,11 @@ class LoraLinear {
   }
 
  private:
-  static std::vector<ParameterInfo> table(const Base& base, const LoraFactors<T>& f, bool train_bias) {
-    std::vector<ParameterInfo> t{{"lora_A", f.A.rows(), f.A.cols()}, {"lora_B", f.B.rows(), f.B.cols()}};
-    if (train_bias) t.push_back({"bias", 1, Index(base.rows())});
-    return t;
+  using FactorParameters<T>::parameters_, FactorParameters<T>::scale_;
+
+  static std::vector<ParameterInfo> bias_entry(bool train_bias, Index out) {
+    if (!train_bias) return {};
+    return {{"bias", 1, out}};
   }
   [[nodiscard]] std::optional<detail::DropoutMask> mask(bool drops, const LoraWorkspace<T>& ws) const {
     if (!drops) return std::nullopt;
@@ -167,10 +144,8 @@ class LoraLinear {
   }
 
   Base base_;
-  T scale_;
   LoraLinearOptions options_;
   std::vector<T> bias_;
-  Parameters<T> parameters_;
 };
 
 }  // namespace lowrank

@@ -2,7 +2,8 @@
 // truncated_svd beside Spectra's PartialSVDSolver in the same process, in turn; error beside time.
 //
 //   benchmark_truncated_svd                     2048x2048, both spectra: energy and residual targets, warm start
-//   benchmark_truncated_svd --big               4096x4096, 4096x11008 and 32000x4096
+//   benchmark_truncated_svd --big               4096x4096, 4096x11008 and 32000x4096: minutes, most for the references
+//   benchmark_truncated_svd --size m n          one of those
 //   benchmark_truncated_svd --llama [divisor]   the 224 matrices of LLaMA-2-7B in bf16, r = 16, sizes divided (default
 //   8) benchmark_truncated_svd --growth            time against m, n and r with the flops done, as CSV
 //   benchmark_truncated_svd --file F m n k tol  float32 row-major from F: best ms, passes; values to F.values
@@ -275,6 +276,7 @@ void suite(Index m, Index n, int repeats) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "--file" && argc == 7) return from_file(argv);
   std::printf("# %d threads, best of several; gemm ceiling %.0f GF/s (512x2048x2048, float)\n", max_threads(),
@@ -287,6 +289,8 @@ int main(int argc, char** argv) {
     suite(4096, 4096, 1);
     suite(4096, 11008, 1);
     suite(32000, 4096, 1);
+  } else if (mode == "--size" && argc == 4) {
+    suite(std::atol(argv[2]), std::atol(argv[3]), 1);
   } else if (mode == "--llama") {
     llama(argc > 2 ? std::max(1L, std::atol(argv[2])) : 8);
   } else if (mode == "--growth") {

@@ -61,10 +61,10 @@ class ScaleTable {
 
   [[nodiscard]] float operator[](Index b) const noexcept {
     if (!is_nested()) return plain_[std::size_t(b)];
-    // In double the product of two floats is exact, so this rounds as a float product does and cannot become a fused
-    // multiply-add, which bitsandbytes' two steps are not.
-    const auto product = float(double(nested_.values[nested_.codes[std::size_t(b)]]) *
-                               double(nested_.absmax[std::size_t(shift_ >= 0 ? b >> shift_ : b / nested_.block_size)]));
+    float product = nested_.values[nested_.codes[std::size_t(b)]] *
+                    nested_.absmax[std::size_t(shift_ >= 0 ? b >> shift_ : b / nested_.block_size)];
+    // A product and a sum, each rounded to float as bitsandbytes has them: the compiler must not fuse them into one.
+    asm("" : "+m"(product));
     return product + nested_.offset;
   }
   /// Scales [b, b + n) as consecutive floats: their own memory, or decoded into `buffer`, which holds n.

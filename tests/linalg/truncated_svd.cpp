@@ -155,6 +155,27 @@ TEST_CASE_TEMPLATE("rank deficient, repeated and zero singular values", T, float
     for (std::size_t i = 0; i < 3; ++i) CHECK(double(r.S[i]) == doctest::Approx(double(3 - i)).epsilon(64 * eps));
     for (std::size_t i = 3; i < 10; ++i) CHECK(double(r.S[i]) < 128 * eps);
   }
+  SUBCASE("as many as there are: a block that runs dry is replaced, and the replacement is orthogonal too") {
+    for (const auto& [m, n] : {std::pair<Index, Index>{60, 50}, {300, 200}})
+      for (const Index rank : {Index(1), Index(3), Index(8), Index(13)}) {
+        std::vector<double> s;
+        for (Index i = 0; i < rank; ++i) s.push_back(2.0 - double(i) / double(rank));
+        const Matrix<T> A = round_to<T>(with_singular_values(m, n, s, std::uint64_t(17 + rank)));
+        for (const Index block : {Index(0), Index(1), Index(2), Index(3), Index(5), Index(8)}) {
+          CAPTURE(m);
+          CAPTURE(rank);
+          CAPTURE(block);
+          const auto r = truncated_svd(A, rank, {.block = block});
+          CHECK(r.converged);
+          check_promises(Matrix<double>(A), r, rank);
+          // What the default asks for: energy missing within 1e-5 of the whole.
+          CHECK(r.total_energy - r.captured_energy < 1e-5 * r.total_energy);
+          // Σ(σ² − σ̂²) < 1e-5·Σσ² and σ̂ ≤ σ bound each value: σ − σ̂ < 1e-5·Σσ²/σ, σ ≥ 1. Rounding to T is far below.
+          for (std::size_t i = 0; i < s.size(); ++i)
+            CHECK(std::abs(double(r.S[i]) - s[i]) < 1e-5 * r.total_energy + 4 * eps * std::sqrt(double(m * n)));
+        }
+      }
+  }
   SUBCASE("ten equal values: the subspace, not the vectors") {
     std::vector<double> s(10, 1.0);
     for (Index i = 0; i < 90; ++i) s.push_back(0.3);

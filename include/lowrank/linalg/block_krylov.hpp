@@ -159,7 +159,7 @@ class BlockKrylov {
     Matrix<double> C(b, d);
     coupling_.resize(b, b);
     coupling_.set_zero();
-    basis_->accept(b, C.view(), coupling_.view());
+    basis_->accept(b, C.view(), coupling_.view(), restarted_ ? 0 : std::max<Index>(0, d - 2 * b));
     restarted_ = false;
     store_column(d - b, C.view());
     return false;

@@ -116,7 +116,8 @@ class OrthonormalRows {
   ///
   /// On entry the block is Z; on return Z = C·(old set) + L·(new rows), C b×count, L b×b lower triangular, both in
   /// double and added to. A vector with nothing left of it is replaced by a random direction, and its part of L is
-  /// zero.
+  /// zero. The first round looks only at the vectors from `local` on, for a Z that is orthogonal to those before up to
+  /// rounding.
   void accept(Index b, MatrixView<double> C, MatrixView<double> L, Index local = 0) {
     const MatrixView<T> Z = next(b);
     Matrix<double> sizes(b, 1), S(b, b), G(b, b);
@@ -129,8 +130,9 @@ class OrthonormalRows {
     for (int round = 0; round < 2; ++round) {
       project(Z, S.view(), C, round == 0 ? local : 0);
       gram_of_vectors<T>(Z, G.view());
+      // The second round begins with unit vectors; one that shrinks there was made of rounding along the old set.
       bool good = true;
-      for (Index i = 0; i < b && round == 0; ++i) good = good && std::sqrt(G(i, i)) > lost * sizes(i, 0);
+      for (Index i = 0; i < b; ++i) good = good && std::sqrt(G(i, i)) > (round == 0 ? lost * sizes(i, 0) : 0.5);
       if (!good || !cholesky(G.view(), round == 0 ? 1e-4 : 0.25)) return accept_one_by_one(b, S.view(), C, L);
       solve_lower<T>(G.view(), Z);
       multiply_lower(S.view(), G.view());

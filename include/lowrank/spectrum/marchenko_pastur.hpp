@@ -45,7 +45,7 @@ class MarchenkoPastur {
     return x <= a || x >= b ? 0 : std::sqrt((b - x) * (x - a)) / (2 * std::numbers::pi * beta_ * x);
   }
   /// Share of values at or below x.
-  [[nodiscard]] double cdf(double x) const { return 1 - count_above(angle(x)); }
+  [[nodiscard]] double cdf(double x) const { return x <= lower_edge() ? 0 : 1 - count_above(angle(x)); }
   /// Share of the energy Σx that lies in values above x.
   [[nodiscard]] double energy_above(double x) const {
     const double t = angle(x);

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "lowrank/core/rng.hpp"
+#include "lowrank/linalg/cholesky.hpp"
 #include "lowrank/linalg/qr.hpp"
 #include "lowrank/linalg/vector_ops.hpp"
 
@@ -38,26 +39,6 @@ void gram_of_vectors(MatrixView<const T> X, MatrixView<double> G) {
         if (p == b - 1 - p) break;
       }
   });
-}
-
-/// Lower Cholesky factor of G in place. False when a pivot falls below `floor` times its diagonal element: the vectors
-/// are then too close to dependent for one round of Cholesky QR.
-inline bool cholesky(MatrixView<double> G, double floor) {
-  const Index n = G.rows();
-  for (Index j = 0; j < n; ++j) {
-    const double diagonal = G(j, j);
-    double pivot = diagonal;
-    for (Index k = 0; k < j; ++k) pivot -= G(j, k) * G(j, k);
-    if (!(pivot > floor * diagonal) || !(diagonal > 0)) return false;
-    G(j, j) = std::sqrt(pivot);
-    for (Index i = j + 1; i < n; ++i) {
-      double sum = G(i, j);
-      for (Index k = 0; k < j; ++k) sum -= G(i, k) * G(j, k);
-      G(i, j) = sum / G(j, j);
-    }
-    for (Index i = 0; i < j; ++i) G(i, j) = 0;
-  }
-  return true;
 }
 
 /// X ← L⁻¹·X for vectors in rows, in strips that stay in cache.

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "lowrank/core/factors.hpp"
+#include "lowrank/linalg/cholesky.hpp"
 #include "lowrank/linalg/gemm.hpp"
 
 namespace lowrank {
@@ -28,19 +29,8 @@ Matrix<double> damped_gram(MatrixView<const T> P, double delta) {
 template <class T>
 void solve_positive(const char* where, Matrix<double>& M, MatrixView<T> X) {
   const Index r = M.rows();
-  for (Index j = 0; j < r; ++j) {
-    double d = M(j, j);
-    for (Index k = 0; k < j; ++k) d -= M(j, k) * M(j, k);
-    if (!(d > 0))
-      throw ArgumentError(
-          text(where, ": the Gram matrix of the factor is singular at row ", j, "; a positive delta is needed"));
-    M(j, j) = std::sqrt(d);
-    for (Index i = j + 1; i < r; ++i) {
-      double s = M(i, j);
-      for (Index k = 0; k < j; ++k) s -= M(i, k) * M(j, k);
-      M(i, j) = s / M(j, j);
-    }
-  }
+  if (!cholesky(M.view(), 0))
+    throw ArgumentError(text(where, ": the Gram matrix of a factor is singular; a positive delta is needed"));
   Buffer<double> x(r);
   for (Index c = 0; c < X.cols(); ++c) {
     for (Index i = 0; i < r; ++i) {

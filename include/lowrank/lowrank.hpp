@@ -22,6 +22,7 @@
 #include "lowrank/linalg/bidiagonal_qr.hpp"
 #include "lowrank/linalg/block_krylov.hpp"
 #include "lowrank/linalg/certificates.hpp"
+#include "lowrank/linalg/cholesky.hpp"
 #include "lowrank/linalg/factor_operators.hpp"
 #include "lowrank/linalg/factor_svd.hpp"
 #include "lowrank/linalg/few_rows.hpp"

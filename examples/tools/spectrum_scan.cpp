@@ -256,6 +256,10 @@ ScanResult run_scan(const ScanOptions& o, const std::string& what, const std::st
       r.matrices[entry[0].get<std::size_t>()] = entry[2];
     }
 #endif
+  if (!r.leader) {  // the leader has everything; what a follower holds is its own share, with holes
+    r.matrices.clear();
+    return r;
+  }
   std::vector<Json> kept;
   for (std::size_t i = 0; i < jobs.size(); ++i) {
     if (!errors[i].empty())

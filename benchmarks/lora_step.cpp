@@ -7,6 +7,9 @@
 #include <benchmark/benchmark.h>
 
 #include <cmath>
+#include <string>
+#include <string_view>
+#include <vector>
 
 #include "lowrank/adapter/linear.hpp"
 #include "lowrank/core/rng.hpp"
@@ -120,4 +123,15 @@ BENCHMARK(lora_step)->Apply(cases);
 
 }  // namespace
 
-BENCHMARK_MAIN();
+/// Google Benchmark's main, with `--smoke` for one quick round of a small case of each kind.
+int main(int argc, char** argv) {
+  std::vector<char*> arguments(argv, argv + argc);
+  std::string filter = "--benchmark_filter=step/64/1024/(1|16)/", time = "--benchmark_min_time=0.01";
+  if (argc == 2 && std::string_view(argv[1]) == "--smoke") arguments = {argv[0], filter.data(), time.data()};
+  int count = int(arguments.size());
+  arguments.push_back(nullptr);
+  benchmark::Initialize(&count, arguments.data());
+  if (benchmark::ReportUnrecognizedArguments(count, arguments.data())) return 1;
+  benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+}

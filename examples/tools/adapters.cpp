@@ -9,7 +9,7 @@
 
 #include "models.hpp"
 
-namespace lowrank::tool {
+namespace lowrank::tool::adapters_command {
 namespace {
 
 /// Grouped convolutions are not of the form B·A on one matrix.
@@ -302,4 +302,4 @@ const Registration combine_registration{50, "combine", add_combine};
 const Registration undo{55, "undo", add_undo};
 
 }  // namespace
-}  // namespace lowrank::tool
+}  // namespace lowrank::tool::adapters_command

@@ -10,7 +10,7 @@
 
 #include "spectrum_scan.hpp"
 
-namespace lowrank::tool {
+namespace lowrank::tool::compare_command {
 namespace {
 
 struct Options {
@@ -191,4 +191,4 @@ void add_compare(CLI::App& app) {
 const Registration registration{62, "compare", add_compare};
 
 }  // namespace
-}  // namespace lowrank::tool
+}  // namespace lowrank::tool::compare_command

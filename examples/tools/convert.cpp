@@ -6,7 +6,7 @@
 #include "lowrank/io/npz.hpp"
 #include "models.hpp"
 
-namespace lowrank::tool {
+namespace lowrank::tool::convert_command {
 namespace {
 namespace fs = std::filesystem;
 
@@ -101,4 +101,4 @@ void add_convert(CLI::App& app) {
 const Registration registration{57, "convert", add_convert};
 
 }  // namespace
-}  // namespace lowrank::tool
+}  // namespace lowrank::tool::convert_command

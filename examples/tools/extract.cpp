@@ -8,7 +8,7 @@
 
 #include "models.hpp"
 
-namespace lowrank::tool {
+namespace lowrank::tool::extract_command {
 namespace {
 
 struct Options {
@@ -208,4 +208,4 @@ void add_extract(CLI::App& app) {
 const Registration registration{30, "extract", add_extract};
 
 }  // namespace
-}  // namespace lowrank::tool
+}  // namespace lowrank::tool::extract_command

@@ -8,7 +8,7 @@
 #include "init_methods.hpp"
 #include "lowrank/io/bitsandbytes.hpp"
 
-namespace lowrank::tool {
+namespace lowrank::tool::init_command {
 namespace {
 
 using io::TensorView;
@@ -292,4 +292,4 @@ void add_init(CLI::App& app) {
 const Registration registration{20, "init", add_init};
 
 }  // namespace
-}  // namespace lowrank::tool
+}  // namespace lowrank::tool::init_command

@@ -9,7 +9,7 @@
 #include "lowrank/io/peft.hpp"
 #include "tool.hpp"
 
-namespace lowrank::tool {
+namespace lowrank::tool::inspect_command {
 namespace {
 
 struct Options {
@@ -141,4 +141,4 @@ void add_inspect(CLI::App& app) {
 const Registration registration{10, "inspect", add_inspect};
 
 }  // namespace
-}  // namespace lowrank::tool
+}  // namespace lowrank::tool::inspect_command

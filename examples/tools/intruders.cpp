@@ -6,7 +6,7 @@
 
 #include "spectrum_scan.hpp"
 
-namespace lowrank::tool {
+namespace lowrank::tool::intruders_command {
 namespace {
 
 struct Options {
@@ -131,4 +131,4 @@ void add_intruders(CLI::App& app) {
 const Registration registration{61, "intruders", add_intruders};
 
 }  // namespace
-}  // namespace lowrank::tool
+}  // namespace lowrank::tool::intruders_command

@@ -9,7 +9,7 @@
 
 #include "models.hpp"
 
-namespace lowrank::tool {
+namespace lowrank::tool::merge_command {
 namespace {
 namespace fs = std::filesystem;
 
@@ -237,4 +237,4 @@ void add_merge(CLI::App& app) {
 const Registration registration{45, "merge", add_merge};
 
 }  // namespace
-}  // namespace lowrank::tool
+}  // namespace lowrank::tool::merge_command

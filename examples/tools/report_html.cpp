@@ -58,7 +58,7 @@ th:first-child, td:first-child { text-align: left; } th button { all: unset; cur
 th button:focus-visible { outline: 2px solid var(--accent); } .warn { border-left: 4px solid #d55e00; padding-left: .7rem; }
 )css";
 
-constexpr const char* script = R"js(
+constexpr const char* page_script = R"js(
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   table.querySelectorAll("th").forEach((th, column) => {
@@ -234,7 +234,7 @@ std::string html_report(const std::vector<Json>& reports, const Pictures& pictur
          table_of(worst, columns, false);
   h += "<h2>All matrices</h2>\n" + table_of(rows, columns, true);
   h += "<h2>How this was computed</h2>\n<p>" + methods_of(r) + "</p>\n<p class=\"soft\">lowrank " +
-       std::string(version) + "</p>\n<script>" + script + "</script></body></html>\n";
+       std::string(version) + "</p>\n<script>" + page_script + "</script></body></html>\n";
   return h;
 }
 

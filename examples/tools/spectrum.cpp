@@ -15,7 +15,7 @@
 
 #include "spectrum_scan.hpp"
 
-namespace lowrank::tool {
+namespace lowrank::tool::spectrum_command {
 namespace {
 
 struct Options {
@@ -362,4 +362,4 @@ void add_spectrum(CLI::App& app) {
 const Registration registration{60, "spectrum", add_spectrum};
 
 }  // namespace
-}  // namespace lowrank::tool
+}  // namespace lowrank::tool::spectrum_command

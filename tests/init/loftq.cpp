@@ -10,9 +10,11 @@
 #include "lowrank/adapter/lora.hpp"
 #include "lowrank/init/qpissa.hpp"
 #include "support/compare.hpp"
+#include "support/decomposition_checks.hpp"
 #include "support/oracle.hpp"
 
 using namespace lowrank;
+using lowrank_test::frobenius;
 
 namespace {
 
@@ -42,11 +44,6 @@ Matrix<double> error_of(const W& weight, const QuantizedMatrix<T>& q, const Lora
       E(i, j) = double(w(i, j)) - double(values(i, j)) - double(f.scale) * sum;
     }
   return E;
-}
-double frobenius(const Matrix<double>& E) {
-  double sum = 0;
-  for (Index i = 0; i < E.size(); ++i) sum += E.data()[i] * E.data()[i];
-  return std::sqrt(sum);
 }
 
 /// ‖R − R_r‖_F, the least error any factors of rank r leave, from Eigen's singular values.

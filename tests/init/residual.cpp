@@ -6,8 +6,10 @@
 
 #include "lowrank/init/olora.hpp"
 #include "support/compare.hpp"
+#include "support/decomposition_checks.hpp"
 
 using namespace lowrank;
+using lowrank_test::frobenius;
 
 namespace {
 
@@ -27,12 +29,6 @@ Matrix<double> expected_residual(const MatrixView<const S>& W, const LoraFactors
       out(i, j) = double((long double)(T(W(i, j))) - (long double)(f.scale) * sum);
     }
   return out;
-}
-
-double frobenius(const Matrix<double>& m) {
-  double sum = 0;
-  for (Index i = 0; i < m.size(); ++i) sum += m.data()[i] * m.data()[i];
-  return std::sqrt(sum);
 }
 
 /// base == W − s·B·A to the rounding of T, and of Out, whatever the orders.

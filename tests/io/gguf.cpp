@@ -11,7 +11,7 @@ using namespace lowrank::io;
 using namespace lowrank::test;
 
 namespace {
-GgufHeader parse(const std::string& s) { return parse_gguf("a.gguf", bytes_of(s)); }
+GgufHeader parsed_gguf(const std::string& s) { return parse_gguf("a.gguf", bytes_of(s)); }
 
 template <class T>
 std::string le(T x) {
@@ -76,7 +76,7 @@ TEST_CASE("every kind of value and tensor survives") {
   w.add("t.q8", gguf_type::q8_0, {64}, std::string(68, '\2'));
   w.add("t.f16", gguf_type::f16, {1}, "ab");
   const std::string bytes = w.bytes();
-  const GgufHeader h = parse(bytes);
+  const GgufHeader h = parsed_gguf(bytes);
   CHECK(h.values == values);
   REQUIRE(h.tensors.size() == 3);
   CHECK(h.tensors[1].offset == 32);
@@ -91,10 +91,10 @@ TEST_CASE("every kind of value and tensor survives") {
 
 TEST_CASE("lengths and counts that lie are refused before anything is allocated") {
   const auto refuses = [](const std::string& s, std::initializer_list<const char*> parts) {
-    check_error([&] { parse(s); }, parts);
+    check_error([&] { parsed_gguf(s); }, parts);
   };
   const std::uint64_t huge = ~std::uint64_t(0);
-  CHECK(parse(front(0, 0)).tensors.empty());
+  CHECK(parsed_gguf(front(0, 0)).tensors.empty());
   refuses("", {"not a GGUF"});
   refuses("GGML", {"not a GGUF"});
   refuses("GGUF", {"version"});
@@ -117,11 +117,11 @@ TEST_CASE("lengths and counts that lie are refused before anything is allocated"
   const auto alignment = [&](std::uint32_t a) {
     return front(0, 1) + str("general.alignment") + le<std::uint32_t>(4) + le(a);
   };
-  CHECK(parse(alignment(64)).alignment == 64);
+  CHECK(parsed_gguf(alignment(64)).alignment == 64);
   refuses(alignment(0), {"alignment"});
   refuses(alignment(48), {"alignment"});
   const std::string d(32, 'd');
-  CHECK(parse(file(front(1, 0) + info("t", {8}, 0, 0), d)).tensors[0].bytes == 32);
+  CHECK(parsed_gguf(file(front(1, 0) + info("t", {8}, 0, 0), d)).tensors[0].bytes == 32);
   refuses(file(front(1, 0) + info("t", {9}, 0, 0), d), {"'t'", "36 bytes"});
   refuses(file(front(1, 0) + info("t", {8}, 0, 32), d), {"'t'", "expected 0"});
   refuses(file(front(1, 0) + info("t", {}, 0, 0), d), {"'t'", "0 dimensions"});
@@ -135,7 +135,7 @@ TEST_CASE("lengths and counts that lie are refused before anything is allocated"
   refuses(file(front(2, 0) + info("t", {8}, 0, 0) + info("u", {8}, 0, 16), d + d), {"'u'", "expected 32"});
   // Every prefix of a valid file is an error, never a read beyond its end.
   const std::string whole = file(front(1, 1) + key + info("t", {8}, 0, 0), d);
-  for (std::size_t n = 0; n < whole.size(); ++n) check_error([&] { parse(whole.substr(0, n)); }, {"a.gguf"});
+  for (std::size_t n = 0; n < whole.size(); ++n) check_error([&] { parsed_gguf(whole.substr(0, n)); }, {"a.gguf"});
 }
 
 TEST_CASE("the q/k permutation maps Hugging Face's halves to llama.cpp's pairs") {

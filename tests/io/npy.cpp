@@ -18,7 +18,7 @@ std::string npy(const std::string& dict, const std::string& data, int major = 1)
   s.append(reinterpret_cast<const char*>(&n), major == 1 ? 2 : 4);
   return s + dict + data;
 }
-NpyHeader parse(const std::string& s) { return parse_npy("a.npy", bytes_of(s)); }
+NpyHeader parsed_npy(const std::string& s) { return parse_npy("a.npy", bytes_of(s)); }
 template <class T>
 std::string raw(std::initializer_list<T> v) {
   return {reinterpret_cast<const char*>(v.begin()), v.size() * sizeof(T)};
@@ -28,19 +28,19 @@ std::string raw(std::initializer_list<T> v) {
 TEST_CASE("headers in any spelling") {
   const std::string data = raw<float>({1, 2, 3, 4, 5, 6});
   for (const int major : {1, 2, 3}) {
-    const NpyHeader h = parse(npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }\n", data, major));
+    const NpyHeader h = parsed_npy(npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }\n", data, major));
     CHECK(h.shape == Shape{2, 3});
     CHECK(h.dtype == Dtype::F32);
     CHECK_FALSE(h.fortran_order);
   }
-  CHECK(parse(npy("{\"shape\":(6L,),\"fortran_order\":True,\"descr\":\"<f4\"}", data)).shape == Shape{6});
-  CHECK(parse(npy("{'descr': '|u1', 'fortran_order': False, 'shape': (), }", "x")).shape.empty());
-  CHECK(parse(npy("{'descr': '<f4', 'fortran_order': False, 'shape': (0, 3)}", "")).shape == Shape{0, 3});
+  CHECK(parsed_npy(npy("{\"shape\":(6L,),\"fortran_order\":True,\"descr\":\"<f4\"}", data)).shape == Shape{6});
+  CHECK(parsed_npy(npy("{'descr': '|u1', 'fortran_order': False, 'shape': (), }", "x")).shape.empty());
+  CHECK(parsed_npy(npy("{'descr': '<f4', 'fortran_order': False, 'shape': (0, 3)}", "")).shape == Shape{0, 3});
 }
 
 TEST_CASE("what is not a npy file of ours is refused with a reason") {
   const auto refuses = [](const std::string& s, std::initializer_list<const char*> parts) {
-    check_error([&] { parse(s); }, parts);
+    check_error([&] { parsed_npy(s); }, parts);
   };
   const std::string four(4, '\0');
   refuses("", {"not a .npy"});

@@ -10,13 +10,13 @@ using namespace lowrank::io;
 using namespace lowrank::test;
 
 namespace {
-SafeTensorsHeader parse(const std::string& bytes) {
+SafeTensorsHeader parsed_safetensors(const std::string& bytes) {
   std::uint64_t offset = 0;
   return parse_safetensors("t.safetensors", bytes_of(bytes), offset);
 }
 void refuses(const std::string& header, const std::string& data, std::initializer_list<const char*> parts) {
   INFO("header: ", header);
-  check_error([&] { parse(safetensors_bytes(header, data)); }, parts);
+  check_error([&] { parsed_safetensors(safetensors_bytes(header, data)); }, parts);
 }
 }  // namespace
 
@@ -46,9 +46,10 @@ TEST_CASE("a file written by hand is read as the format says") {
 }
 
 TEST_CASE("no tensors at all is a valid file, with and without metadata") {
-  CHECK(parse(safetensors_bytes("{}")).tensors.empty());
-  CHECK(parse(safetensors_bytes(R"({"__metadata__":{}})")).tensors.empty());
-  CHECK(parse(safetensors_bytes(R"({"e":{"dtype":"F32","shape":[3,0],"data_offsets":[0,0]}})")).tensors.size() == 1);
+  CHECK(parsed_safetensors(safetensors_bytes("{}")).tensors.empty());
+  CHECK(parsed_safetensors(safetensors_bytes(R"({"__metadata__":{}})")).tensors.empty());
+  CHECK(parsed_safetensors(safetensors_bytes(R"({"e":{"dtype":"F32","shape":[3,0],"data_offsets":[0,0]}})"))
+            .tensors.size() == 1);
 }
 
 TEST_CASE("a view in place needs alignment, a copy does not") {
@@ -64,12 +65,12 @@ TEST_CASE("a view in place needs alignment, a copy does not") {
 
 TEST_CASE("malformed headers are refused and the message names the culprit") {
   const std::string four(4, '\0');
-  check_error([&] { parse("1234567"); }, {"too short"});
-  check_error([&] { parse(""); }, {"too short"});
-  check_error([&] { parse(with_length("{}", 3)); }, {"beyond the end", "truncated"});
-  check_error([&] { parse(with_length("{}", ~std::uint64_t(0))); }, {"limit"});
-  check_error([&] { parse(with_length("{}", 100'000'001)); }, {"limit"});
-  check_error([&] { parse(with_length("{}", 0)); }, {"'{'"});
+  check_error([&] { parsed_safetensors("1234567"); }, {"too short"});
+  check_error([&] { parsed_safetensors(""); }, {"too short"});
+  check_error([&] { parsed_safetensors(with_length("{}", 3)); }, {"beyond the end", "truncated"});
+  check_error([&] { parsed_safetensors(with_length("{}", ~std::uint64_t(0))); }, {"limit"});
+  check_error([&] { parsed_safetensors(with_length("{}", 100'000'001)); }, {"limit"});
+  check_error([&] { parsed_safetensors(with_length("{}", 0)); }, {"'{'"});
   refuses("[]", "", {"'{'"});
   refuses(" {}", "", {"'{'"});
   refuses("\xef\xbb\xbf{}", "", {"'{'"});  // a byte order mark
@@ -106,7 +107,7 @@ TEST_CASE("data that overlaps, leaves holes, or does not fit its shape is refuse
     return std::string(R"({"a":{"dtype":"U8","shape":[4],"data_offsets":)") + a +
            R"(},"b":{"dtype":"U8","shape":[4],"data_offsets":)" + b + "}}";
   };
-  CHECK(parse(safetensors_bytes(two("[4,8]", "[0,4]"), eight)).tensors[0].name == "b");
+  CHECK(parsed_safetensors(safetensors_bytes(two("[4,8]", "[0,4]"), eight)).tensors[0].name == "b");
   refuses(two("[0,4]", "[3,7]"), eight, {"'b'", "overlaps"});
   refuses(two("[0,4]", "[0,4]"), eight, {"overlaps"});
   refuses(two("[0,4]", "[5,9]"), std::string(9, '\0'), {"'b'", "hole"});
@@ -125,20 +126,22 @@ TEST_CASE("data that overlaps, leaves holes, or does not fit its shape is refuse
           {"'a'", "impossible shape"});
   // sub-byte types must fill whole bytes
   refuses(R"({"a":{"dtype":"F4","shape":[3],"data_offsets":[0,2]}})", "xx", {"'a'", "impossible shape"});
-  CHECK(parse(safetensors_bytes(R"({"a":{"dtype":"F4","shape":[4],"data_offsets":[0,2]}})", "xx")).tensors.size() == 1);
-  CHECK(
-      parse(safetensors_bytes(R"({"a":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}})", "xxx")).tensors.size() ==
-      1);
+  CHECK(parsed_safetensors(safetensors_bytes(R"({"a":{"dtype":"F4","shape":[4],"data_offsets":[0,2]}})", "xx"))
+            .tensors.size() == 1);
+  CHECK(parsed_safetensors(safetensors_bytes(R"({"a":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}})", "xxx"))
+            .tensors.size() == 1);
 }
 
 TEST_CASE("header bombs cost no memory: deep nesting, long arrays, absurd shapes") {
-  check_error([&] { parse(safetensors_bytes("{\"a\":" + std::string(2'000'000, '['))); }, {"'a'", "an array"});
+  check_error([&] { parsed_safetensors(safetensors_bytes("{\"a\":" + std::string(2'000'000, '['))); },
+              {"'a'", "an array"});
   std::string nested;
   for (int i = 0; i < 200'000; ++i) nested += "{\"a\":";
-  check_error([&] { parse(safetensors_bytes(nested)); }, {"unknown field"});
+  check_error([&] { parsed_safetensors(safetensors_bytes(nested)); }, {"unknown field"});
   std::string shape = R"({"a":{"dtype":"U8","shape":[1)";
   for (int i = 0; i < 1'000'000; ++i) shape += ",1";
-  check_error([&] { parse(safetensors_bytes(shape + R"(],"data_offsets":[0,1]}})", "x")); }, {"'a'", "64 dimensions"});
+  check_error([&] { parsed_safetensors(safetensors_bytes(shape + R"(],"data_offsets":[0,1]}})", "x")); },
+              {"'a'", "64 dimensions"});
 }
 
 TEST_CASE_TEMPLATE("what is written is read back bit for bit", T, float, double) {

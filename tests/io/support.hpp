@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A directory that goes away, files made of strings, and the check that an IoError says what it should.
+// Files made of strings, and the check that an IoError says what it should.
 #pragma once
 
 #include <doctest/doctest.h>
-#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
@@ -13,27 +12,9 @@
 #include "lowrank/core/matrix.hpp"
 #include "lowrank/core/rng.hpp"
 #include "lowrank/io/file.hpp"
+#include "support/temp_dir.hpp"
 
 namespace lowrank::test {
-
-class TempDir {
- public:
-  TempDir() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "lowrank-test-XXXXXX").string();
-    if (::mkdtemp(pattern.data()) == nullptr) throw std::runtime_error("mkdtemp failed");
-    path_ = pattern;
-  }
-  TempDir(const TempDir&) = delete;
-  ~TempDir() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  [[nodiscard]] std::string path() const { return path_.string(); }
-  [[nodiscard]] std::string operator/(const std::string& name) const { return (path_ / name).string(); }
-
- private:
-  std::filesystem::path path_;
-};
 
 inline void put(const std::string& path, const std::string& bytes) {
   std::filesystem::create_directories(std::filesystem::path(path).parent_path());

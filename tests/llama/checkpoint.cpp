@@ -4,10 +4,10 @@
 
 #include <doctest/doctest.h>
 
-#include <cstdlib>
 #include <filesystem>
 
 #include "lowrank/io/peft.hpp"
+#include "support/temp_dir.hpp"
 #include "tiny.hpp"
 
 using namespace llama;
@@ -15,18 +15,6 @@ namespace fs = std::filesystem;
 namespace io = lowrank::io;
 
 namespace {
-
-struct Folder {
-  std::string path;
-  Folder() {
-    char name[] = "/tmp/llama-checkpoint-XXXXXX";
-    path = ::mkdtemp(name);
-  }
-  ~Folder() {
-    std::error_code ignored;
-    fs::remove_all(path, ignored);
-  }
-};
 
 bool same(const lowrank::Matrix<float>& a, const lowrank::Matrix<float>& b) {
   return a.rows() == b.rows() && a.cols() == b.cols() && std::equal(a.data(), a.data() + a.size(), b.data());
@@ -50,31 +38,31 @@ std::string error_of(const std::string& folder) {
 
 TEST_CASE("a checkpoint comes back bit for bit, tied and untied") {
   for (const bool tied : {false, true}) {
-    const Folder f;
+    const lowrank::test::TempDir f;
     const auto c = tiny::config(tied);
     const auto w = tiny::weights<float>(c);
-    save_checkpoint(f.path, c, w);
-    const Base back = load_checkpoint(f.path);
+    save_checkpoint(f.path(), c, w);
+    const Base back = load_checkpoint(f.path());
     CHECK(back.config.tie_word_embeddings == tied);
     CHECK(back.config.head_dim == c.head_dim);
     CHECK(back.config.rope_theta == c.rope_theta);
     CHECK(back.config.num_key_value_heads == c.num_key_value_heads);
     REQUIRE(back.weights.size() == w.size());
     for (const auto& [module, W] : w) CHECK(same(back.weights.at(module), W));
-    for (const auto& entry : fs::directory_iterator(f.path))
+    for (const auto& entry : fs::directory_iterator(f.path()))
       CHECK(entry.path().string().find("partial") == std::string::npos);
   }
 }
 
 TEST_CASE("what is missing, of another shape, or not supported is refused by name") {
-  const Folder f;
-  CHECK(error_of(f.path).find("config.json") != std::string::npos);
+  const lowrank::test::TempDir f;
+  CHECK(error_of(f.path()).find("config.json") != std::string::npos);
   const auto c = tiny::config();
-  save_checkpoint(f.path, c, tiny::weights<float>(c));
-  const std::string path = f.path + "/config.json", text = io::read_text(path);
+  save_checkpoint(f.path(), c, tiny::weights<float>(c));
+  const std::string path = f / "config.json", text = io::read_text(path);
   const auto with = [&](const std::string& from, const std::string& to) {
     io::write_text(path, replaced(text, from, to));
-    return error_of(f.path);
+    return error_of(f.path());
   };
   CHECK(with("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3").find("model.layers.2.") != std::string::npos);
   CHECK(with("\"intermediate_size\": 6", "\"intermediate_size\": 8").find("must have shape [8, 5], got [6, 5]") !=
@@ -92,15 +80,15 @@ TEST_CASE("an adapter is written as PEFT reads it, for the base's own weights wh
   const auto w = tiny::weights<float>(c);
   for (const std::string method : {"lora", "pissa"}) {
     CAPTURE(method);
-    const Folder f;
+    const lowrank::test::TempDir f;
     Adaptation adaptation(c, w, method,
                           {.rank = 2, .alpha = 3, .targets = "q_proj,down_proj", .train_fully = {"lm_head"}});
     Model<float> model(c, w, adaptation.recipe());
     lowrank::CounterRng rng(4);
     for (std::size_t i = 0; i < model.parameters().values().size(); ++i)
       model.parameters().values()[i] += float(0.05 * rng.normal(i));
-    save_adapter(f.path, adaptation, model, "the/base");
-    const io::PeftAdapter back = io::read_peft(f.path);
+    save_adapter(f.path(), adaptation, model, "the/base");
+    const io::PeftAdapter back = io::read_peft(f.path());
     CHECK(back.config.base_model_name_or_path == "the/base");
     CHECK(back.modules.size() == 4);
     CHECK(back.saved.size() == 1);
@@ -111,11 +99,11 @@ TEST_CASE("an adapter is written as PEFT reads it, for the base's own weights wh
       for (Index i = 0; i < merged.size(); ++i) CHECK(std::abs(merged.data()[i] - now.at(m.name).data()[i]) < 2e-6F);
     }
   }
-  const Folder f;
+  const lowrank::test::TempDir f;
   for (const std::string method : {"full", "qlora4"}) {
     Adaptation adaptation(c, w, method, {.rank = 2});
     Model<float> model(c, w, adaptation.recipe());
-    CHECK_THROWS_AS(save_adapter(f.path, adaptation, model, "b"), lowrank::ArgumentError);
+    CHECK_THROWS_AS(save_adapter(f.path(), adaptation, model, "b"), lowrank::ArgumentError);
   }
-  CHECK(fs::is_empty(f.path));
+  CHECK(fs::is_empty(f.path()));
 }

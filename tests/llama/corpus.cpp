@@ -5,7 +5,6 @@
 
 #include <doctest/doctest.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <fstream>
@@ -13,6 +12,7 @@
 
 #include "lowrank/core/errors.hpp"
 #include "lowrank/io/npy.hpp"
+#include "support/temp_dir.hpp"
 
 using namespace llama;
 namespace fs = std::filesystem;
@@ -20,23 +20,6 @@ namespace fs = std::filesystem;
 namespace {
 
 /// A folder of its own for each test, removed at the end.
-struct Folder {
-  fs::path path;
-  Folder() {
-    char name[] = "/tmp/llama-corpus-XXXXXX";
-    path = ::mkdtemp(name);
-  }
-  ~Folder() {
-    std::error_code ignored;
-    fs::remove_all(path, ignored);
-  }
-  std::string write(const std::string& name, const std::string& text) const {
-    fs::create_directories((path / name).parent_path());
-    std::ofstream(path / name, std::ios::binary) << text;
-    return (path / name).string();
-  }
-};
-
 /// Text without repeats: line i says so.
 std::string lines(int count, const std::string& tag) {
   std::string s;
@@ -64,7 +47,7 @@ bool contains(const std::string& text, const std::string& part) { return text.fi
 }  // namespace
 
 TEST_CASE("bad input: each refusal names the path, what was expected and what came") {
-  const Folder f;
+  const lowrank::test::TempDir f;
   const CorpusOptions o{.window = 16};
   const auto refused = [&](const std::string& path) {
     const std::string m = message_of<lowrank::IoError>([&] { load_text({path}, o); });
@@ -72,19 +55,19 @@ TEST_CASE("bad input: each refusal names the path, what was expected and what ca
     CHECK(contains(m, path));
     return m;
   };
-  CHECK(contains(refused((f.path / "absent").string()), "No such file"));
+  CHECK(contains(refused(f / "absent"), "No such file"));
   CHECK(contains(refused(f.write("empty.txt", "")), "empty"));
   CHECK(contains(refused(f.write("zero.txt", std::string("text\0more", 9))), "byte 0 at offset 4"));
   CHECK(contains(refused(f.write("control.txt", "ab\x01\x02\x03\x04gh")), "byte 1 at offset 2"));
-  fs::create_directory(f.path / "nothing");
-  CHECK(contains(refused((f.path / "nothing").string()), "expected text files, found 0 binary, 0 empty"));
+  fs::create_directory(f / "nothing");
+  CHECK(contains(refused(f / "nothing"), "expected text files, found 0 binary, 0 empty"));
   f.write("mixed/a", "");
   f.write("mixed/b", std::string("\0", 1));
-  CHECK(contains(refused((f.path / "mixed").string()), "found 1 binary, 1 empty"));
-  REQUIRE(::mkfifo((f.path / "pipe").c_str(), 0600) == 0);  // must not wait for a writer
-  CHECK(contains(refused((f.path / "pipe").string()), "neither a file nor a folder"));
-  fs::create_symlink("loop", f.path / "loop");
-  refused((f.path / "loop").string());
+  CHECK(contains(refused(f / "mixed"), "found 1 binary, 1 empty"));
+  REQUIRE(::mkfifo((f / "pipe").c_str(), 0600) == 0);  // must not wait for a writer
+  CHECK(contains(refused(f / "pipe"), "neither a file nor a folder"));
+  fs::create_symlink("loop", f / "loop");
+  refused(f / "loop");
   if (::geteuid() != 0) {  // root may read everything
     const std::string secret = f.write("secret.txt", lines(50, "x"));
     fs::permissions(secret, fs::perms::none);
@@ -97,7 +80,7 @@ TEST_CASE("bad input: each refusal names the path, what was expected and what ca
 }
 
 TEST_CASE("a text shorter than a window is refused with both lengths, at every length around the limit") {
-  const Folder f;
+  const lowrank::test::TempDir f;
   for (const std::size_t n : {1U, 16U, 17U, 100U, 282U}) {
     const std::string path = f.write("short.txt", lines(60, "a").substr(0, n));
     const std::string m = message_of<lowrank::ArgumentError>([&] { load_text({path}, {.window = 16}); });
@@ -113,14 +96,14 @@ TEST_CASE("a text shorter than a window is refused with both lengths, at every l
 }
 
 TEST_CASE("folders: sorted, binary and empty files counted, hidden ones and second names not read") {
-  const Folder f;
+  const lowrank::test::TempDir f;
   f.write("b.txt", lines(40, "second"));
   f.write("a/z.txt", lines(40, "first"));
   f.write("c.bin", std::string("\0\1\2", 3));
   f.write("d.txt", "");
   f.write(".git/config", lines(40, "hidden"));
-  fs::create_symlink("b.txt", f.path / "again.txt");
-  const Corpus c = load_text({f.path.string()}, {.window = 16});
+  fs::create_symlink("b.txt", f / "again.txt");
+  const Corpus c = load_text({f.path()}, {.window = 16});
   CHECK(c.report.files == 2);
   CHECK(c.report.binary == 1);
   CHECK(c.report.empty == 1);
@@ -135,23 +118,22 @@ TEST_CASE("folders: sorted, binary and empty files counted, hidden ones and seco
 }
 
 TEST_CASE("a file named twice, or beside its folder, is read once") {
-  const Folder f;
+  const lowrank::test::TempDir f;
   const std::string path = f.write("t.txt", lines(200, "x"));
-  const Corpus once = load_text({path}, {.window = 16}),
-               twice = load_text({path, path, f.path.string()}, {.window = 16});
+  const Corpus once = load_text({path}, {.window = 16}), twice = load_text({path, path, f.path()}, {.window = 16});
   CHECK(once.train == twice.train);
   CHECK(twice.report.links == 2);
 }
 
 TEST_CASE("paragraphs that repeat are kept once, so held-out text has none of them") {
-  const Folder f;
+  const lowrank::test::TempDir f;
   std::string licence;
   for (int i = 0; i < 5; ++i)
     licence += "// Permission is granted under these conditions, clause " + std::to_string(i) + "\n";
   for (int i = 0; i < 30; ++i)
     f.write("file" + std::to_string(i) + ".h", "// Author " + std::to_string(i) + "\n//\n" + licence + "\n" +
                                                    lines(20, "code of file " + std::to_string(i)));
-  const Corpus c = load_text({f.path.string()}, {.window = 16, .seed = 1});
+  const Corpus c = load_text({f.path()}, {.window = 16, .seed = 1});
   CHECK(c.report.whole_files);
   CHECK(c.report.duplicates == 29 * (licence.size() + 1));  // and the empty line that follows each
   std::size_t found = 0;
@@ -169,12 +151,12 @@ TEST_CASE("paragraphs that repeat are kept once, so held-out text has none of th
     CHECK(double(part->size()) >= 0.06 * double(all) * 0.5);
     CHECK(double(part->size()) <= 0.06 * double(all) * 1.5);
   }
-  CHECK(load_text({f.path.string()}, {.window = 16, .seed = 1}).test == c.test);
-  CHECK(load_text({f.path.string()}, {.window = 16, .seed = 2}).test != c.test);
+  CHECK(load_text({f.path()}, {.window = 16, .seed = 1}).test == c.test);
+  CHECK(load_text({f.path()}, {.window = 16, .seed = 2}).test != c.test);
 }
 
 TEST_CASE("short repeats and CRLF stay; bytes above 127 are text") {
-  const Folder f;
+  const lowrank::test::TempDir f;
   const std::string text = lines(50, "}\r\n}\r\n\xc3\xa9t\xc3\xa9");
   const Corpus c = load_text({f.write("t", text)}, {.window = 8});
   CHECK(text_of(c.train) + text_of(c.validation) + text_of(c.test) == text);
@@ -210,7 +192,7 @@ TEST_CASE("batches: the target is the next token, places depend on seed and step
 }
 
 TEST_CASE("token ids: .npy and .bin round trip, and what is refused") {
-  const Folder f;
+  const lowrank::test::TempDir f;
   const CorpusOptions o{.window = 8};
   std::string bin16, bin32;
   for (int i = 0; i < 300; ++i) {
@@ -227,7 +209,7 @@ TEST_CASE("token ids: .npy and .bin round trip, and what is refused") {
   const auto refused = [&](const std::string& path, int bits, Index vocabulary) {
     return message_of<lowrank::IoError>([&] { load_tokens({path}, o, bits, vocabulary); });
   };
-  CHECK(contains(refused((f.path / "a.bin").string(), 16, 900), "the vocabulary has 900"));
+  CHECK(contains(refused(f / "a.bin", 16, 900), "the vocabulary has 900"));
   CHECK(contains(refused(f.write("odd.bin", "abc"), 16, 1000), "3 bytes"));
   CHECK(contains(refused(f.write("none.bin", ""), 16, 1000), "0 bytes"));
   CHECK(contains(refused(f.write("cut.npy", npy + bin16.substr(2)), 16, 1000), "needs 600"));

@@ -18,7 +18,7 @@ using lowrank::Matrix;
 
 namespace {
 
-constexpr double tolerance = 1e-11;
+constexpr double rounding = 1e-11;
 
 struct Fixture {
   std::map<std::string, Matrix<double>> of[4];  // loss, gradient, value, loss_after
@@ -83,7 +83,7 @@ void compare(const char* fixture_name, bool tied, bool adapted) {
   }
   auto& p = model.parameters();
   p.zero_gradients();
-  CHECK(model.loss_and_gradients(batch) == doctest::Approx(fixture.of[0].at("loss")(0, 0)).epsilon(tolerance));
+  CHECK(model.loss_and_gradients(batch) == doctest::Approx(fixture.of[0].at("loss")(0, 0)).epsilon(rounding));
 
   const auto check_block = [&](int what, std::span<const double> block) {
     REQUIRE(p.table().size() == fixture.of[what].size());
@@ -98,14 +98,14 @@ void compare(const char* fixture_name, bool tied, bool adapted) {
         scale = std::max(scale, std::abs(want.data()[i]));
       }
       CHECK(scale > 1e-4);
-      CHECK(worst < tolerance * scale);
+      CHECK(worst < rounding * scale);
     }
   };
   check_block(1, p.gradients());
   lowrank::AdamW<double> adam(p.size(), {.beta1 = 0.9, .beta2 = 0.99, .epsilon = 1e-8, .weight_decay = 0.1});
   adam.step(p.values(), p.gradients(), 1e-2);
   check_block(2, p.values());
-  CHECK(model.loss(batch) == doctest::Approx(fixture.of[3].at("loss")(0, 0)).epsilon(tolerance));
+  CHECK(model.loss(batch) == doctest::Approx(fixture.of[3].at("loss")(0, 0)).epsilon(rounding));
 }
 
 }  // namespace

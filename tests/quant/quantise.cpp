@@ -57,7 +57,7 @@ void check_against_reference(const Matrix<float>& W, const QuantizedMatrix<float
   CHECK(wrong == 0);
 }
 
-std::vector<Codebook> tables() {
+std::vector<Codebook> bitsandbytes_tables() {
   return {Codebook::nf2(),      Codebook::nf3(),           Codebook::nf4(),
           Codebook::fp4(),      Codebook::normal_float(5), Codebook::uniform(1),
           Codebook::uniform(6), Codebook::normal_float(8), Codebook::uniform(7)};
@@ -115,7 +115,7 @@ TEST_CASE("double quantisation as bitsandbytes' compress_statistics") {
 }
 
 TEST_CASE("every block length, every table, every layout") {
-  for (const Codebook& book : tables()) {
+  for (const Codebook& book : bitsandbytes_tables()) {
     CAPTURE(book.name());
     for (Index n = 1; n <= 130; ++n) {
       CAPTURE(n);
@@ -157,7 +157,8 @@ TEST_CASE("zeros, minus zero, denormals, the largest floats") {
   for (Index j = 64; j < 96; ++j) W(0, j) = float(j - 80) * 1e-39F;
   for (Index j = 96; j < 128; ++j) W(0, j) = (j % 2 != 0 ? -1 : 1) * huge / float(j - 95);
   for (Index j = 128; j < 160; ++j) W(0, j) = j % 5 == 0 ? -0.0F : float(j) * 1e-20F;
-  for (const Codebook& book : tables()) check_against_reference(W, quantise(W, {.codebook = book, .block_size = 32}));
+  for (const Codebook& book : bitsandbytes_tables())
+    check_against_reference(W, quantise(W, {.codebook = book, .block_size = 32}));
 }
 
 TEST_CASE("the input's type and order do not matter, nor does the number of threads") {

@@ -13,22 +13,16 @@
 
 #include "lowrank/core/rng.hpp"
 #include "lowrank/spectrum/balance.hpp"
+#include "support/temp_dir.hpp"
 
 using namespace lowrank;
 
 namespace {
 
 struct TemporaryFile {
+  lowrank::test::TempDir folder;
   std::string path;
-  explicit TemporaryFile(const char* suffix) {
-    std::string pattern = (std::filesystem::temp_directory_path() / "lowrank-tracker-XXXXXX").string();
-    REQUIRE(::mkdtemp(pattern.data()) != nullptr);
-    path = pattern + "/run" + suffix;
-  }
-  ~TemporaryFile() {
-    std::error_code ignored;
-    std::filesystem::remove_all(std::filesystem::path(path).parent_path(), ignored);
-  }
+  explicit TemporaryFile(const char* suffix) : path(folder / ("run" + std::string(suffix))) {}
   [[nodiscard]] std::vector<std::string> lines() const {
     std::ifstream in(path);
     std::vector<std::string> all;

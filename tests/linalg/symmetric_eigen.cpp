@@ -36,6 +36,15 @@ void check_eigen(const Matrix<double>& A) {
   CHECK(max_difference(product(QL, transpose(f.vectors)), A) <= tol * size);
   CHECK(std::is_sorted(f.values.rbegin(), f.values.rend()));
   CHECK(max_difference(f.values, oracle_eigenvalues(A.data(), n)) <= tol * size);
+  // The tail goes through the same reduction and rotations, so that not even signs may differ.
+  for (const Index tail : {Index(0), std::min<Index>(n, 3), n}) {
+    const SymmetricEigen part = symmetric_eigen_tail(A.view(), tail);
+    CHECK(part.values == f.values);
+    double worst = 0;
+    for (Index c = 0; c < tail; ++c)
+      for (Index j = 0; j < n; ++j) worst = std::max(worst, std::abs(part.vectors(c, j) - f.vectors(n - tail + c, j)));
+    CHECK(worst <= tol);
+  }
 }
 
 }  // namespace
@@ -80,6 +89,8 @@ TEST_CASE("symmetric_eigen refuses what is not square or not finite") {
   A(1, 3) = NAN;
   CHECK_THROWS_WITH_AS(symmetric_eigen(A.view()), "symmetric_eigen: element (1, 3) is nan", NonFiniteError);
   CHECK(symmetric_eigen(Matrix<double>(0, 0).view()).values.empty());
+  CHECK_THROWS_WITH_AS(symmetric_eigen_tail(symmetric(3, 1).view(), 4),
+                       "symmetric_eigen_tail: tail must be in [0, 3], got 4", ArgumentError);
 }
 
 TEST_CASE("the band reduction and the bulge chasing keep the spectrum, whatever the size") {

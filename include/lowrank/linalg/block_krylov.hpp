@@ -181,15 +181,15 @@ class BlockKrylov {
   /// Rayleigh–Ritz on the settled part of the basis: Ritz vectors, residual and energy estimates, verdict.
   void check(bool full) {
     const Index d = settled_;
-    eigen_ = symmetric_eigen(T_.view().block(0, 0, d, d));
-    const double top = std::max(eigen_.values[0], 0.0), floor = top * eps;
-    const double next = d > k_ ? std::max(eigen_.values[std::size_t(k_)], 0.0) : 0;
+    const SymmetricEigen ritz = symmetric_eigen_tail(projection(d), std::min(d, block_));
+    const double top = std::max(ritz.values[0], 0.0), floor = top * eps;
+    const double next = d > k_ ? std::max(ritz.values[std::size_t(k_)], 0.0) : 0;
     double energy = 0, worst = 0, missing = 0;
     for (Index i = 0; i < k_; ++i) {
-      const double theta = std::max(eigen_.values[std::size_t(i)], 0.0);
+      const double theta = std::max(ritz.values[std::size_t(i)], 0.0);
       double square = 0;
       for (Index c = 0; c < block_; ++c) {
-        const double r = coupling_to_next(i, c);
+        const double r = coupling_to_next(ritz, i, c);
         square += r * r;
       }
       // ‖MᵀM·v − θ·v‖; divided by √θ, the residual of the triplet.
@@ -225,11 +225,14 @@ class BlockKrylov {
   }
 
   /// Component of MᵀM·(Ritz vector i) along vector c of the next block.
-  [[nodiscard]] double coupling_to_next(Index i, Index c) const {
+  [[nodiscard]] double coupling_to_next(const SymmetricEigen& ritz, Index i, Index c) const {
+    const Index last = ritz.vectors.rows() - block_;
     double r = 0;
-    for (Index l = c; l < block_; ++l) r += eigen_.vectors(settled_ - block_ + l, i) * coupling_(l, c);
+    for (Index l = c; l < block_; ++l) r += ritz.vectors(last + l, i) * coupling_(l, c);
     return r;
   }
+  /// T's part for the first d vectors of the basis.
+  [[nodiscard]] MatrixView<const double> projection(Index d) const { return T_.view().block(0, 0, d, d); }
 
   /// The energy still missing. Once it is small the residuals bound it well (measured: 1 to 4 times the truth); before
   /// that they miss directions not seen yet, and its growth, as a geometric series through the gains of the last two
@@ -259,15 +262,16 @@ class BlockKrylov {
     const Index d = settled_, b = block_;
     const Index extra = options_.oversampling > 0 ? options_.oversampling : std::max<Index>(2 * b, k_ / 2);
     const Index keep = std::min({k_ + extra, d - b, std::max(k_, capacity_ - 3 * b)});
+    const SymmetricEigen ritz = symmetric_eigen(projection(d));
     Matrix<T> Q(keep + b, d + b);
     for (Index i = 0; i < keep; ++i)
-      for (Index j = 0; j < d; ++j) Q(i, j) = T(eigen_.vectors(j, i));
+      for (Index j = 0; j < d; ++j) Q(i, j) = T(ritz.vectors(j, i));
     for (Index i = 0; i < b; ++i) Q(keep + i, d + i) = T(1);
     basis_->rotate(Q.view());
     T_.set_zero();
     for (Index i = 0; i < keep; ++i) {
-      T_(i, i) = eigen_.values[std::size_t(i)];
-      for (Index c = 0; c < b; ++c) T_(i, keep + c) = T_(keep + c, i) = coupling_to_next(i, c);
+      T_(i, i) = ritz.values[std::size_t(i)];
+      for (Index c = 0; c < b; ++c) T_(i, keep + c) = T_(keep + c, i) = coupling_to_next(ritz, i, c);
     }
     settled_ = keep;
     restarted_ = true;
@@ -276,12 +280,13 @@ class BlockKrylov {
   /// The triplets from the Ritz vectors: Y = M·V is decomposed anew, so that squares of singular values play no part in
   /// them; where the squares kept small singular vectors from converging, those are refined.
   TruncatedSvd<T> finish() {
-    const Index n = M_.domain(), d = Index(eigen_.values.size());
+    const Index n = M_.domain(), d = basis_size_;
     Matrix<T> V(k_, n);
     if (d >= k_) {
+      const SymmetricEigen ritz = symmetric_eigen(projection(d));
       Matrix<T> Q(k_, d);
       for (Index i = 0; i < k_; ++i)
-        for (Index j = 0; j < d; ++j) Q(i, j) = T(eigen_.vectors(j, i));
+        for (Index j = 0; j < d; ++j) Q(i, j) = T(ritz.vectors(j, i));
       gemm(T(1), Q.view(), basis_->rows(0, d), V.view());
     } else {  // stopped before there were k vectors: those there are, and random ones
       CounterRng(options_.seed, 2).fill_normal(V.view());
@@ -366,7 +371,6 @@ class BlockKrylov {
   std::optional<OrthonormalRows<T>> basis_;
   Matrix<T> Y_, Z_, left_, right_;  // the last two: the triplets' vectors, in rows, on M's left and right
   Matrix<double> T_, coupling_;
-  SymmetricEigen eigen_;
   std::vector<double> sigma_, residual_;
   Index block_ = 0, capacity_ = 0, settled_ = 0, basis_size_ = 0, energies_ = 0, pass_of_check_ = 0;
   double first_norm_ = 0, deficit_ = 1, energy_ = 0, gain_ = 0, steps_ = 1, worst_ = 0, rate_ = 0, distance_ = 0;

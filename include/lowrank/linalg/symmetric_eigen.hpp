@@ -94,6 +94,41 @@ std::vector<Index> descending_order(const V& values) {
   return order;
 }
 
+/// The reduction both functions below begin with: T's diagonals and the reflectors of A = Q·T·Qᵀ.
+struct Tridiagonal {
+  Matrix<double> reflectors;
+  std::vector<double> d, e, tau;
+
+  Tridiagonal(MatrixView<const double> A, const char* who) {
+    const Index n = A.rows();
+    expect_shape(who, "A", A.rows(), A.cols(), n, n);
+    reflectors.resize(n, n);
+    for (Index i = 0; i < n; ++i) {
+      std::fill_n(reflectors.data() + i * n, i, 0.0);
+      for (Index j = i; j < n; ++j) {
+        if (!std::isfinite(A(i, j))) throw NonFiniteError(text(who, ": element (", i, ", ", j, ") is ", A(i, j)));
+        reflectors(i, j) = A(i, j);
+      }
+    }
+    d.resize(std::size_t(n));
+    e.resize(std::size_t(n));
+    tau.resize(std::size_t(n));
+    if (n > 0) tridiagonalize(reflectors.view(), d.data(), e.data(), tau.data());
+  }
+
+  /// Turns d into the eigenvalues and Zt's rows, on entry columns of Q, into the same part of the eigenvectors.
+  /// Returns their order, descending.
+  std::vector<Index> diagonalize(MatrixView<double> Zt, const char* who) {
+    RotationQueue<double> queue;
+    const bool converged = tridiagonal_ql(Zt.rows(), d.data(), e.data(), queue, [&] {
+      if (queue.size() >= rotation_batch) queue.apply(Zt.data(), Zt.cols(), Zt.row_stride());
+    });
+    if (!converged) throw Error(text(who, ": the QL iteration did not converge"));
+    queue.apply(Zt.data(), Zt.cols(), Zt.row_stride());
+    return descending_order(d);
+  }
+};
+
 }  // namespace detail
 
 /// All eigenvalues, descending, and eigenvectors of a symmetric matrix.
@@ -105,29 +140,48 @@ std::vector<Index> descending_order(const V& values) {
 /// **Source** Golub & Van Loan, Matrix Computations, §8.3; Dubrulle, Martin & Wilkinson (1968).
 inline SymmetricEigen symmetric_eigen(MatrixView<const double> A) {
   const Index n = A.rows();
-  detail::expect_shape("symmetric_eigen", "A", A.rows(), A.cols(), n, n);
-  Matrix<double> R(n, n), Zt(n, n);
-  for (Index i = 0; i < n; ++i)
-    for (Index j = i; j < n; ++j) {
-      if (!std::isfinite(A(i, j)))
-        throw NonFiniteError(detail::text("symmetric_eigen: element (", i, ", ", j, ") is ", A(i, j)));
-      R(i, j) = A(i, j);
-    }
+  detail::Tridiagonal reduced(A, "symmetric_eigen");
   SymmetricEigen out{std::vector<double>(std::size_t(n)), Matrix<double>(n, n)};
   if (n == 0) return out;
-  std::vector<double> d(std::size_t(n), 0.0), e(std::size_t(n), 0.0), tau(std::size_t(n), 0.0);
-  detail::tridiagonalize(R.view(), d.data(), e.data(), tau.data());
-  detail::form_orthogonal<double>(R.view().middle_rows(0, n - 1), tau.data(), 1, Zt.view());
-  detail::RotationQueue<double> queue;
-  const bool converged = detail::tridiagonal_ql(n, d.data(), e.data(), queue, [&] {
-    if (queue.size() >= detail::rotation_batch) queue.apply(Zt.data(), n, n);
-  });
-  if (!converged) throw Error("symmetric_eigen: the QL iteration did not converge");
-  queue.apply(Zt.data(), n, n);
-  const auto order = detail::descending_order(d);
-  for (Index j = 0; j < n; ++j) out.values[std::size_t(j)] = d[std::size_t(order[std::size_t(j)])];
+  Matrix<double> Zt(n, n);
+  detail::form_orthogonal<double>(reduced.reflectors.view().middle_rows(0, n - 1), reduced.tau.data(), 1, Zt.view());
+  const auto order = reduced.diagonalize(Zt.view(), "symmetric_eigen");
+  for (Index j = 0; j < n; ++j) out.values[std::size_t(j)] = reduced.d[std::size_t(order[std::size_t(j)])];
   for (Index i = 0; i < n; ++i)
     for (Index j = 0; j < n; ++j) out.vectors(i, j) = Zt(order[std::size_t(j)], i);
+  return out;
+}
+
+/// The eigenvalues, and of every eigenvector only the last `tail` elements: all that the residuals of Ritz vectors in a
+/// Krylov space depend on.
+///
+/// **Shapes** A n×n, upper triangle read, 0 ≤ tail ≤ n; `vectors` is tail×n. **Throws** as symmetric_eigen, and
+/// ArgumentError when tail is out of range. **Cost** 4/3·n³ flops for the reduction, O(tail·n²) for the rest.
+/// **Numerics** the same reduction and rotations as symmetric_eigen: the values are the same to the bit, the vectors
+/// to rounding.
+inline SymmetricEigen symmetric_eigen_tail(MatrixView<const double> A, Index tail) {
+  const Index n = A.rows();
+  if (tail < 0 || tail > n)
+    throw ArgumentError(detail::text("symmetric_eigen_tail: tail must be in [0, ", n, "], got ", tail));
+  detail::Tridiagonal reduced(A, "symmetric_eigen_tail");
+  SymmetricEigen out{std::vector<double>(std::size_t(n)), Matrix<double>(tail, n)};
+  if (n == 0) return out;
+  // Row j of Q = H₀·H₁··· is eⱼᵀ·H₀·H₁···.
+  Matrix<double> rows(tail, n), Zt(n, tail);
+  for (Index c = 0; c < tail; ++c) {
+    double* const row = rows.data() + c * n;
+    row[n - tail + c] = 1;
+    for (Index k = 0; k + 1 < n; ++k) {
+      const double* const v = reduced.reflectors.data() + k * n + k + 1;
+      detail::axpy(n - k - 1, -reduced.tau[std::size_t(k)] * detail::dot(n - k - 1, row + k + 1, v), v, row + k + 1);
+    }
+    for (Index i = 0; i < n; ++i) Zt(i, c) = row[i];
+  }
+  const auto order = reduced.diagonalize(Zt.view(), "symmetric_eigen_tail");
+  for (Index j = 0; j < n; ++j) {
+    out.values[std::size_t(j)] = reduced.d[std::size_t(order[std::size_t(j)])];
+    for (Index c = 0; c < tail; ++c) out.vectors(c, j) = Zt(order[std::size_t(j)], c);
+  }
   return out;
 }
 

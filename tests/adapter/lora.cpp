@@ -5,6 +5,7 @@
 
 #include "lowrank/adapter/linear.hpp"
 #include "lowrank/adapter/merge.hpp"
+#include "support/capture.hpp"
 #include "support/compare.hpp"
 #include "support/fixture.hpp"
 
@@ -109,7 +110,7 @@ TEST_CASE_TEMPLATE("every order of X, W, Y, G and dX gives the same answer", T, 
                                            {37, 40, 30, 30},
                                            {0, 6, 5, 2},
                                            {65, 300, 31, 16}}) {
-    CAPTURE(tokens);
+    CAPTURE_BOUND(tokens);
     const Matrix<T> W = random_matrix<T>(out, in, 1), X = random_matrix<T>(tokens, in, 2),
                     G = random_matrix<T>(tokens, out, 3);
     const LoraFactors<T> f = random_factors<T>(out, in, r, 4, 0.3);
@@ -230,7 +231,7 @@ TEST_CASE("the same seed gives the same bits for any number of threads") {
   const Matrix<float> W = random_matrix<float>(out, in, 1), X = random_matrix<float>(tokens, in, 2),
                       G = random_matrix<float>(tokens, out, 3);
   std::vector<Matrix<float>> results;
-  for (const int threads : {1, 2, 3}) {
+  for ([[maybe_unused]] const int threads : {1, 2, 3}) {
 #if defined(_OPENMP)
     omp_set_num_threads(threads);
 #endif

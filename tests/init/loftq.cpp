@@ -9,6 +9,7 @@
 
 #include "lowrank/adapter/lora.hpp"
 #include "lowrank/init/qpissa.hpp"
+#include "support/capture.hpp"
 #include "support/compare.hpp"
 #include "support/decomposition_checks.hpp"
 #include "support/oracle.hpp"
@@ -68,7 +69,7 @@ TEST_CASE_TEMPLATE("the reported errors are those of what is returned, and below
       for (const auto& [rank, alpha] : {std::pair<Index, double>{1, 16}, {8, 4}, {8, 32}, {96, 16}}) {
         CAPTURE(book.name());
         CAPTURE(pissa);
-        CAPTURE(rank);
+        CAPTURE_BOUND(rank);
         LoftqOptions o{.rank = rank, .alpha = alpha, .quantise = {.codebook = book}, .iterations = 3, .nuclear = true};
         const auto result = pissa ? qpissa(W, o) : loftq(W, o);
         const auto& report = result.report;

@@ -168,6 +168,8 @@ TEST_CASE_TEMPLATE("minor_svd: the smallest triplets, through the inverse and th
     const Matrix<T> W(known.W);
     const auto d = minor_svd(W, r);
     CHECK(d.full == (k < 256));
+    CHECK(d.complete);
+    CHECK(minor_svd(W, r, {.certify = false}).complete == (k < 256));
     CHECK(test::orthogonality_error(d.U) < 500 * eps);
     CHECK(test::orthogonality_error(d.V) < 500 * eps);
     for (Index i = 0; i < r; ++i) {
@@ -180,6 +182,22 @@ TEST_CASE_TEMPLATE("minor_svd: the smallest triplets, through the inverse and th
     CHECK(test::outside(test::columns(known.U, k - r, r), d.U) < angle);
     CHECK(test::outside(test::columns(known.V, k - r, r), d.V) < angle);
   }
+}
+
+TEST_CASE("minor_svd: true triplets that are not the smallest are no certificate") {
+  std::vector<double> sigma;
+  for (int i = 0; i < 64; ++i) sigma.push_back(3 - 0.03 * i);
+  const test::KnownMatrix known = test::known_matrix(80, 64, sigma, 5);
+  MinorSvd<double> d;
+  const auto take = [&](Index first) {  // three triplets, exact ones
+    d.U = test::columns(known.U, first, 3);
+    d.V = test::columns(known.V, first, 3);
+    d.S.assign(sigma.begin() + first, sigma.begin() + first + 3);
+    for (const double r : detail::triplet_residuals<double, double>(known.W.view(), d)) REQUIRE(r < 1e-13);
+    return detail::none_missed<double, double>(known.W.view(), 1e-12, d);
+  };
+  CHECK(take(61));
+  CHECK_FALSE(take(60));  // the smallest was missed
 }
 
 TEST_CASE("minor_svd: random, nearly singular and singular matrices") {

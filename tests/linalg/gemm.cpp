@@ -74,10 +74,10 @@ struct Shape {
 };
 /// Nothing, one, less than a vector, one off the register tile, the few-rows path and just above it, past a cache
 /// block.
-const std::vector<Shape> shapes{{0, 3, 4},  {3, 0, 4},    {3, 4, 0},   {1, 1, 1},   {1, 7, 5},    {5, 1, 7},
-                                {2, 17, 3}, {3, 31, 33},  {4, 16, 64}, {4, 65, 63}, {5, 64, 4},   {6, 13, 32},
-                                {7, 40, 7}, {13, 5, 31},  {14, 9, 33}, {15, 3, 95}, {29, 33, 17}, {33, 257, 65},
-                                {64, 1, 1}, {1, 300, 70}, {70, 300, 1}};
+const std::vector<Shape> product_shapes{{0, 3, 4},  {3, 0, 4},    {3, 4, 0},   {1, 1, 1},   {1, 7, 5},    {5, 1, 7},
+                                        {2, 17, 3}, {3, 31, 33},  {4, 16, 64}, {4, 65, 63}, {5, 64, 4},   {6, 13, 32},
+                                        {7, 40, 7}, {13, 5, 31},  {14, 9, 33}, {15, 3, 95}, {29, 33, 17}, {33, 257, 65},
+                                        {64, 1, 1}, {1, 300, 70}, {70, 300, 1}};
 
 constexpr Order orders[] = {Order::row_major, Order::col_major};
 
@@ -111,7 +111,7 @@ void check_product(const Shape& s, Order oa, Order ob, Order oc, T alpha, Update
 
 template <class T, class SA, class SB>
 void check_all_products() {
-  for (const Shape& s : shapes)
+  for (const Shape& s : product_shapes)
     for (const Order oa : orders)
       for (const Order ob : orders)
         for (const Order oc : orders)

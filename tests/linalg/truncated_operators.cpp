@@ -7,6 +7,7 @@
 
 #include "lowrank/linalg/factor_operators.hpp"
 #include "lowrank/linalg/truncated_svd.hpp"
+#include "support/capture.hpp"
 #include "support/decomposition_checks.hpp"
 #include "support/oracle.hpp"
 
@@ -103,8 +104,8 @@ TEST_CASE_TEMPLATE("dense operators", T, float, double) {
   const Index shapes[][2] = {{1, 1}, {1, 40}, {40, 1}, {3, 2}, {17, 33}, {130, 70}, {300, 1100}, {513, 64}};
   for (const auto& [m, n] : shapes)
     for (const Order order : {Order::row_major, Order::col_major}) {
-      CAPTURE(m);
-      CAPTURE(n);
+      CAPTURE_BOUND(m);
+      CAPTURE_BOUND(n);
       const Matrix<T> A = gaussian<T>(m, n, 5);
       const Stored<T> s(A, order);
       check_operator<T>(dense_operator<T, T>(s.view), Matrix<double>(A));

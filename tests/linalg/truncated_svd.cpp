@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "lowrank/linalg/truncated_svd.hpp"
+#include "support/capture.hpp"
 #include "support/decomposition_checks.hpp"
 #include "support/oracle.hpp"
 
@@ -81,8 +82,8 @@ TEST_CASE_TEMPLATE("every shape, order and rank agrees with Eigen", T, float, do
   const Index shapes[][3] = {{1, 1, 1},   {1, 9, 1},   {9, 1, 1},    {5, 3, 3},     {3, 5, 2},     {40, 40, 40},
                              {7, 300, 4}, {300, 7, 7}, {150, 90, 5}, {90, 150, 20}, {200, 160, 1}, {130, 260, 33}};
   for (const auto& [m, n, k] : shapes) {
-    CAPTURE(m);
-    CAPTURE(n);
+    CAPTURE_BOUND(m);
+    CAPTURE_BOUND(n);
     const Matrix<T> A = gaussian<T>(m, n, 7);
     const Matrix<T> At = transpose(A);
     const Matrix<double> wide(A);
@@ -162,7 +163,7 @@ TEST_CASE_TEMPLATE("rank deficient, repeated and zero singular values", T, float
         for (Index i = 0; i < rank; ++i) s.push_back(2.0 - double(i) / double(rank));
         const Matrix<T> A = round_to<T>(with_singular_values(m, n, s, std::uint64_t(17 + rank)));
         for (const Index block : {Index(0), Index(1), Index(2), Index(3), Index(5), Index(8)}) {
-          CAPTURE(m);
+          CAPTURE_BOUND(m);
           CAPTURE(rank);
           CAPTURE(block);
           const auto r = truncated_svd(A, rank, {.block = block});

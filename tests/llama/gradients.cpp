@@ -5,6 +5,7 @@
 // near 2 the latter is some 3e-12; fifth derivatives of up to 1e7 keep the former below 5e-10.
 #include <doctest/doctest.h>
 
+#include "support/capture.hpp"
 #include "tiny.hpp"
 
 using llama::Index;
@@ -102,7 +103,7 @@ TEST_CASE("windows of several attention blocks, one window, one token") {
     return module.find("self_attn") != std::string::npos ? Choice::adapted : Choice::frozen;
   });
   for (const auto& [windows, time] : {std::pair<Index, Index>{1, 130}, {3, 65}, {1, 1}}) {
-    CAPTURE(time);
+    CAPTURE_BOUND(time);
     Model<double> model(c, w, qkvo);
     if (time > 1) {
       check_gradients(model, tiny::batch(windows, time));

@@ -6,6 +6,7 @@
 #include "lowrank/adapter/lora.hpp"
 #include "lowrank/init/kaiming.hpp"
 #include "lowrank/quant/quantise.hpp"
+#include "support/capture.hpp"
 #include "support/compare.hpp"
 
 using namespace lowrank;
@@ -64,8 +65,8 @@ TEST_CASE_TEMPLATE("forward and backward are products with the dequantised weigh
     for (const auto& [out, in] :
          {std::pair<Index, Index>{40, 128}, {33, 200}, {1, 64}, {70, 1}, {17, 77}, {9, 1100}, {19, 512}}) {
       CAPTURE(o.codebook.name());
-      CAPTURE(out);
-      CAPTURE(in);
+      CAPTURE_BOUND(out);
+      CAPTURE_BOUND(in);
       const auto q = quantise(test::random_matrix<T>(out, in, 1).view(), o);
       const Matrix<double> W = widened(q);
       for (const Index tokens : {1, 2, 3, 4, 5, 40}) {

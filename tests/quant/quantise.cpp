@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "quant/reference.hpp"
+#include "support/capture.hpp"
 #include "support/compare.hpp"
 #include "support/fixture.hpp"
 
@@ -71,7 +72,7 @@ TEST_CASE("bit for bit as bitsandbytes: the numpy fixture") {
   const MatrixView<const float> W(x.data(), 1, Index(x.size()), Index(x.size()), 1);
   for (const auto& [name, book] :
        {std::pair<std::string, Codebook>{"nf4", Codebook::nf4()}, {"fp4", Codebook::fp4()}}) {
-    CAPTURE(name);
+    CAPTURE_BOUND(name);
     const auto q = quantise(W, {.codebook = book});
     CHECK(mismatches(f[name + "_codes"], q.codes()) == 0);
     CHECK(mismatches(f[name + "_absmax"], q.absmax()) == 0);

@@ -11,6 +11,7 @@
 #include "lowrank/core/matrix.hpp"
 #include "lowrank/core/rng.hpp"
 #include "lowrank/spectrum/rounding.hpp"
+#include "support/capture.hpp"
 #include "support/oracle.hpp"
 
 using namespace lowrank;
@@ -68,8 +69,8 @@ TEST_CASE("the closed-form law is the integral of its density") {
 
 TEST_CASE("matrices of noise show what their null predicts") {
   for (const auto& [m, n] : {std::pair<Index, Index>{40, 40}, {32, 96}, {150, 60}}) {
-    CAPTURE(m);
-    CAPTURE(n);
+    CAPTURE_BOUND(m);
+    CAPTURE_BOUND(n);
     const double std = 0.3;
     const auto null = noise_metrics(m, n, std);
     const int draws = 24;

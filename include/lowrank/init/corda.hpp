@@ -151,7 +151,7 @@ auto corda(X&& weight, const ActivationCovariance<arithmetic_of<scalar_of<X>>>& 
     }
     if (keep) {
       MinorSvd<T> minor = minor_svd(band, r, {.seed = options.svd.seed});
-      how = minor.full ? "full SVD" : "triangular inverse, triplets verified";
+      how = detail::way_found(minor);
       d = std::move(static_cast<Svd<T>&>(minor));
       largest = std::sqrt(report.total_energy / double(std::min(m, n)));
     } else {

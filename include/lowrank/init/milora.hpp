@@ -41,7 +41,7 @@ auto milora(X&& weight, const MiloraOptions& options = {}) {
   const double rms_sigma = std::sqrt(result.report.total_energy / double(std::min(W.rows(), W.cols())));
   result.report.notes =
       detail::dead_pairs_note(d.S, rms_sigma, W.rows(), W.cols(), double(std::numeric_limits<T>::epsilon()));
-  result.report.notes += d.full ? "full SVD" : "triangular inverse, triplets verified";
+  result.report.notes += detail::way_found(d);
   detail::split_weight("milora", W, options.factor_storage, result);
   result.report.seconds = watch.seconds();
   return result;
@@ -77,7 +77,7 @@ auto mica(X&& weight, const MicaOptions& options = {}) {
   for (const T s : d.S) result.report.captured_energy += double(s) * double(s);
   result.report.total_energy = detail::squared_norm(W);
   result.report.method = "mica";
-  result.report.notes = d.full ? "freeze B; full SVD" : "freeze B; triangular inverse, triplets verified";
+  result.report.notes = std::string("freeze B; ") + detail::way_found(d);
   result.report.seconds = watch.seconds();
   return result;
 }

@@ -4,6 +4,7 @@
 
 #include "lowrank/init/residual.hpp"
 #include "lowrank/linalg/qr.hpp"
+#include "lowrank/linalg/singular_values.hpp"
 #include "lowrank/linalg/small_svd.hpp"
 #include "lowrank/linalg/svd.hpp"
 #include "lowrank/linalg/truncated_svd.hpp"
@@ -15,6 +16,9 @@ struct MinorSvdOptions {
   double tolerance = 0;
   /// Take the full SVD without trying.
   bool full = false;
+  /// Compare with all singular values of A (values only, with their error bounds), so that no smaller triplet can have
+  /// been missed; without it that rests on the random start.
+  bool certify = true;
   std::uint64_t seed = 0;
 };
 
@@ -25,6 +29,8 @@ struct MinorSvd : Svd<T> {
   std::vector<double> residuals;
   /// Whether a full SVD was needed.
   bool full = false;
+  /// Whether none smaller was missed: by a full SVD, or because each S is the value of its rank to the tolerance.
+  bool complete = false;
 };
 
 namespace detail {
@@ -119,7 +125,7 @@ MinorSvd<T> minor_by_full_svd(MatrixView<const S> A, Index rank) {
   out.V = Matrix<T>(d.V.view().middle_cols(skip, rank));
   out.S.assign(d.S.begin() + skip, d.S.end());
   out.residuals = triplet_residuals<T, S>(A, out);
-  out.full = true;
+  out.full = out.complete = true;
   return out;
 }
 
@@ -163,20 +169,40 @@ bool minor_by_inverse(MatrixView<const S> A, Index rank, double tolerance, std::
   return std::all_of(out.residuals.begin(), out.residuals.end(), [&](double r) { return r <= tolerance * norm; });
 }
 
+/// Whether each S is, to the tolerance, the singular value of A with its rank. By the minimax principle S can only be
+/// too large, as when a smaller triplet was missed.
+template <class T, class S>
+bool none_missed(MatrixView<const S> A, double tolerance, const MinorSvd<T>& d) {
+  const SingularValues all = singular_values(A, {.accuracy = std::max(tolerance, 1e-12)});
+  const Index n = Index(all.values.size()), r = Index(d.S.size());
+  for (Index i = 0; i < r; ++i) {
+    const double exact = all.values[std::size_t(n - r + i)];
+    if (double(d.S[std::size_t(i)]) - exact > tolerance * all.values.front() + all.error(n - r + i)) return false;
+  }
+  return true;
+}
+
+/// For a report: how the triplets were found.
+template <class T>
+const char* way_found(const MinorSvd<T>& d) {
+  return d.full ? "full SVD" : d.complete ? "triangular inverse, certified" : "triangular inverse, triplets verified";
+}
+
 }  // namespace detail
 
 /// The `rank` smallest singular triplets of A: A·v = σ·u, Aᵀ·u = σ·v.
 ///
 /// Krylov methods find large values; the small ones of a weight lie too close together for them. Those of R⁻¹, A = Q·R,
 /// are the largest and far apart: a few solves with R bring them out. Each triplet is then checked against A itself,
-/// and when one does not hold (A close to singular) the full SVD is taken, as it is below 256 columns, where it is as
-/// fast.
+/// and all of them against A's singular values, which can be had with certified errors for a fraction of a full SVD.
+/// When one does not hold (A close to singular) the full SVD is taken, as it is below 256 columns, where it is as fast.
 /// **Shapes** A m×n in f32, f64, bf16 or f16, any order; U m×rank, S rank descending, V n×rank: the last `rank` of the
 /// min(m, n) triplets of the thin SVD. **Throws** ArgumentError: rank or tolerance out of range; NonFiniteError.
-/// **Cost** a QR of the longer side, 7·m·n² flops, and 2·n²·(block) a solve; memory a copy of A in T and n².
-/// **Numerics** `residuals` are measured, so each (u, σ, v) is a triplet of A to within its residual. That none smaller
-/// was missed rests, as for every Krylov method, on the random start: probability one, not a certificate. Where σ is
-/// below eps·σ₁ the direction is that of rounding.
+/// **Cost** a QR of the longer side, 7·m·n² flops, and 2·n²·(block) a solve; memory a copy of A in T and n². Certifying
+/// costs `singular_values(A)`: m·n² and 4/3·n³ flops in double.
+/// **Numerics** `residuals` are measured, so each (u, σ, v) is a triplet of A to within its residual; `complete` says
+/// that each σ exceeds the singular value of its rank by no more than tolerance·‖A‖₂ and that value's stated error.
+/// Where σ is below eps·σ₁ the direction is that of rounding.
 /// **Source** inverse iteration in the form of Golub and Van Loan, Matrix Computations, §8.2; Rayleigh–Ritz on A.
 template <MatrixLike X>
 MinorSvd<arithmetic_of<scalar_of<X>>> minor_svd(X&& matrix, Index rank, const MinorSvdOptions& options = {}) {
@@ -203,13 +229,11 @@ MinorSvd<arithmetic_of<scalar_of<X>>> minor_svd(X&& matrix, Index rank, const Mi
   if (options.full || std::min(A.rows(), A.cols()) < 256 || 4 * rank > std::min(A.rows(), A.cols()))
     return detail::minor_by_full_svd<T, S>(A, rank);
   MinorSvd<T> out;
-  if (A.rows() >= A.cols()) {
-    if (detail::minor_by_inverse<T, S>(A, rank, tolerance, options.seed, out)) return out;
-  } else if (detail::minor_by_inverse<T, S>(A.transposed(), rank, tolerance, options.seed, out)) {
-    std::swap(out.U, out.V);
-    return out;
-  }
-  return detail::minor_by_full_svd<T, S>(A, rank);
+  const bool tall = A.rows() >= A.cols();
+  bool holds = detail::minor_by_inverse<T, S>(tall ? A : A.transposed(), rank, tolerance, options.seed, out);
+  if (!tall) std::swap(out.U, out.V);
+  if (holds && options.certify) holds = out.complete = detail::none_missed<T, S>(A, tolerance, out);
+  return holds ? out : detail::minor_by_full_svd<T, S>(A, rank);
 }
 
 }  // namespace lowrank

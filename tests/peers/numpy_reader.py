@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 
-from support import bf16, np, read_safetensors, run, tiny_adapter, tiny_llama, write_safetensors
+from support import bf16, deltas, np, read_safetensors, run, tiny_adapter, tiny_llama, write_safetensors
 
 program = sys.argv[1]
 here = os.path.dirname(os.path.abspath(__file__))
@@ -124,11 +124,11 @@ with tempfile.TemporaryDirectory() as d:
     # adapters with embeddings, patterns and both scalings merge as PEFT defines them
     for rslora in (False, True):
         weights = tiny_llama(d + "/tiny")
-        deltas = tiny_adapter(d + "/tiny_adapter", weights, rslora)
+        changes = deltas(tiny_adapter(d + "/tiny_adapter", weights, rslora))
         run(program, "merge", d + "/tiny", d + "/tiny_adapter", "-o", d + "/tiny_merged")
         got = read_safetensors(d + "/tiny_merged/model.safetensors")
         for name, w in weights.items():
-            assert np.allclose(got[name], w + deltas.get(name, 0), rtol=1e-5, atol=1e-5), name
+            assert np.allclose(got[name], w + changes.get(name, 0), rtol=1e-5, atol=1e-5), name
 
     # exit codes: 1 with one line for wrong input, 2 for usage
     for args, code, part in [

@@ -59,8 +59,9 @@ def write_safetensors(path, tensors):
             f.write(np.ascontiguousarray(a, "<f4").tobytes())
 
 
-def run(program, *args, code=0):
-    r = subprocess.run([program, *map(str, args)], capture_output=True, text=True)
+def run(program, *args, code=0, threads=None):
+    env = None if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    r = subprocess.run([program, *map(str, args)], capture_output=True, text=True, env=env)
     assert r.returncode == code, f"{args}: exit {r.returncode}, {r.stderr}"
     return r.stdout
 

@@ -18,6 +18,9 @@ try:
 except ImportError:
     skip("numpy is not installed for " + sys.executable)
 
+# On a busy machine threads that spin at barriers make each of these many short runs take seconds.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 DTYPES = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "U8": "u1", "I64": "<i8"}
 
 

@@ -4,11 +4,15 @@
 #
 #     benchmarks/io.sh build/release/examples/lowrank CHECKPOINT OUT [METHOD] [more options of init]
 #
-# CHECKPOINT is made by benchmarks/make_checkpoint.py when it does not exist. OUT needs as much room again.
+# CHECKPOINT is made by benchmarks/make_checkpoint.py when it does not exist, SCALE=8 in the environment makes a small one. OUT
+# needs as much room again.
 set -eu
 program=$1 checkpoint=$2 out=$3 method=${4:-pissa}
 [ $# -gt 4 ] && shift 4 || shift $#
-[ -d "$checkpoint" ] || python3 "$(dirname "$0")/make_checkpoint.py" "$checkpoint"
+if [ ! -d "$checkpoint" ]; then
+  for python in python3 /usr/bin/python3; do "$python" -c 'import numpy' 2> /dev/null && break; done
+  "$python" "$(dirname "$0")/make_checkpoint.py" "$checkpoint" --scale "${SCALE:-1}"
+fi
 /usr/bin/env python3 - "$program" "$checkpoint" "$out" "$method" "$@" <<'PY'
 import json, os, resource, subprocess, sys, time
 program, checkpoint, out, method = sys.argv[1:5]

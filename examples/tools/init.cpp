@@ -16,7 +16,7 @@ using io::TensorView;
 struct Options {
   Common common;
   MethodOptions method;
-  std::string checkpoint, output;
+  std::string checkpoint, output, activations, gradients;
   TargetArguments targets;
   bool fan_in_fan_out = false, dora = false, packed = false, dry_run = false;
   std::uint64_t seed = 0;
@@ -67,23 +67,52 @@ void check_shapes(const Options& o, const Modules& modules, const TargetSelectio
   for (const std::size_t i : chosen.selected) {
     const ModuleInfo& m = modules.infos[i];
     if (m.kind == ModuleKind::conv) modules.weights[i].fail("is a convolution; init adapts matrices");
-    if (m.kind == ModuleKind::embedding && (changes_base(o.method.method) || o.dora))
+    if (m.kind == ModuleKind::embedding && (changes_base(o.method.method) || o.method.data || o.dora))
       modules.weights[i].fail("is an embedding; " + (o.dora ? std::string("DoRA") : o.method.method) +
                               " adapts linear layers, leave it out with --exclude");
     if (o.method.rank > std::min(m.rows, m.cols))
       modules.weights[i].fail(lowrank::detail::text("is ", lowrank::detail::shape_text(m.rows, m.cols),
                                                     ", too small for rank ", o.method.rank));
+    if (o.method.method == "lora_ga" && 2 * o.method.rank > std::min(m.rows, m.cols))
+      modules.weights[i].fail(lowrank::detail::text("is ", lowrank::detail::shape_text(m.rows, m.cols),
+                                                    ", lora_ga needs twice the rank ", o.method.rank));
+    // All that the method will want of the data is looked for before anything is computed.
+    if (needs_activations(o.method.method))
+      (void)find_activations(*o.method.data, m.name, o.fan_in_fan_out ? m.rows : m.cols);
+    if (needs_gradients(o.method.method)) (void)find_gradient(*o.method.data, m);
     const auto d = modules.weights[i].dtype();
     if (d != io::Dtype::F32 && d != io::Dtype::F64 && d != io::Dtype::BF16 && d != io::Dtype::F16)
       with_weight(modules.weights[i], [](const auto&) {});  // throws, naming the type
   }
 }
 
+/// Modules to which EVA gave nothing carry no adapter.
+void leave_out_rank_zero(const Options& o, TargetSelection& chosen, EvaPlan& plan) {
+  std::size_t kept = 0;
+  Index total = 0;
+  for (std::size_t k = 0; k < plan.ranks.size(); ++k) {
+    if (plan.ranks[k] == 0) continue;
+    total += plan.ranks[k];
+    chosen.selected[kept] = chosen.selected[k];
+    if (kept != k) plan.inputs[kept] = std::move(plan.inputs[k]);
+    plan.ranks[kept++] = plan.ranks[k];
+  }
+  const std::size_t none = plan.ranks.size() - kept;
+  if (kept == 0) throw IoError(o.activations, "the activations do not vary: no module has a direction to adapt");
+  if (none > 0) note(o.common, lowrank::detail::text("eva: ", none, " modules explain too little to get a rank"));
+  if (total < o.method.rank * Index(plan.ranks.size()))
+    note(o.common, lowrank::detail::text("eva: the activations have only ", total, " directions for ranks of ",
+                                         o.method.rank * Index(plan.ranks.size()), " in all"));
+  chosen.selected.resize(kept);
+  plan.inputs.erase(plan.inputs.begin() + std::ptrdiff_t(kept), plan.inputs.end());
+  plan.ranks.resize(kept);
+}
+
 Json module_report(const std::string& name, const Outcome& o) {
   const InitReport& r = o.report;
   Json j = {{"name", name},       {"residual_norm", r.residual_norm}, {"storage_error", r.storage_error},
             {"passes", r.passes}, {"converged", r.converged},         {"seconds", r.seconds},
-            {"notes", r.notes}};
+            {"notes", r.notes},   {"rank", o.factors.rank()}};
   if (r.total_energy > 0) j["captured_energy"] = r.captured_energy / r.total_energy;
   if (o.plain_error > 0) {
     j["plain_quantisation_error"] = o.plain_error;
@@ -96,15 +125,29 @@ void run(Options& o) {
   namespace fs = std::filesystem;
   if (o.packed && (!quantises(o.method.method) || o.method.bits != 4))
     throw UsageError("init: --packed needs loftq or qpissa with --bits 4, the form bitsandbytes has");
+  for (const auto& [option, file, needed] :
+       {std::tuple("--activations", &o.activations, needs_activations(o.method.method)),
+        std::tuple("--gradients", &o.gradients, needs_gradients(o.method.method))}) {
+    if (needed == file->empty())
+      throw UsageError("init: " + o.method.method + (needed ? " needs " : " has no use for ") + option);
+    if (needed) o.method.data = std::make_shared<ModuleData>(*file);
+  }
   if (o.method.alpha == 0) o.method.alpha = double(o.method.rank);
   const io::Checkpoint checkpoint(o.checkpoint);
   const Modules modules(checkpoint);
-  const TargetSelection chosen = o.targets.select(modules);
+  TargetSelection chosen = o.targets.select(modules);
   check_shapes(o, modules, chosen);
   expect_different(o.checkpoint, o.output);
   note(o.common, chosen.summary());
   const std::string base_directory = (fs::path(o.output) / "base").string();
   const bool changed = changes_base(o.method.method);
+  const bool eva = o.method.method == "eva";
+  EvaPlan plan;
+  if (eva) {
+    plan = plan_eva(o.method, modules, chosen.selected, o.fan_in_fan_out, o.seed);
+    leave_out_rank_zero(o, chosen, plan);
+  }
+  const auto rank_of = [&](std::size_t k) { return eva ? plan.ranks[k] : o.method.rank; };
 
   io::PeftAdapter adapter;
   adapter.config.r = o.method.rank;
@@ -122,8 +165,9 @@ void run(Options& o) {
   }
   Index parameters = 0;
   std::uint64_t total_bytes = 0;
-  for (const std::size_t i : chosen.selected) {
-    parameters += o.method.rank * (modules.infos[i].rows + modules.infos[i].cols);
+  for (std::size_t k = 0; k < chosen.selected.size(); ++k) {
+    const std::size_t i = chosen.selected[k];
+    parameters += rank_of(k) * (modules.infos[i].rows + modules.infos[i].cols);
     total_bytes += modules.weights[i].bytes().size();
   }
   Json report = {{"command", "init"},
@@ -216,10 +260,13 @@ void run(Options& o) {
     copy_model_files(o.checkpoint, base_directory);
   } else {
     Progress progress(o.common, o.method.method, total_bytes);
-    for (const std::size_t i : chosen.selected) {
+    for (std::size_t k = 0; k < chosen.selected.size(); ++k) {
+      const std::size_t i = chosen.selected[k];
       const TensorView& weight = modules.weights[i];
       const auto clock = std::chrono::steady_clock::now();
-      keep(modules.infos[i], weight, initialise(o.method, weight, modules.infos[i], o.fan_in_fan_out, seed_of(i)));
+      keep(modules.infos[i], weight,
+           eva ? initialise_eva(o.method, plan, k, o.fan_in_fan_out ? modules.infos[i].cols : modules.infos[i].rows)
+               : initialise(o.method, weight, modules.infos[i], o.fan_in_fan_out, seed_of(i)));
       times.compute += since(clock);
       weight.drop();
       progress.advance(weight.bytes().size(), modules.infos[i].name);
@@ -227,6 +274,7 @@ void run(Options& o) {
   }
   std::sort(adapter.modules.begin(), adapter.modules.end(),
             [](const auto& a, const auto& b) { return a.name < b.name; });
+  if (eva) describe_modules(adapter);  // ranks and alphas that differ become patterns
   const auto clock = std::chrono::steady_clock::now();
   io::write_peft(o.output, adapter);
   times.write += since(clock);
@@ -259,10 +307,11 @@ void add_init(CLI::App& app) {
   o->method.alpha = 0;  // until given: the rank
   sub->add_option(
          "method", o->method.method,
-         "kaiming, gaussian, orthogonal, mica; pissa, milora, olora (residual base); loftq, qpissa (quantised base)")
+         "kaiming, gaussian, orthogonal, mica; pissa, milora, olora (residual base); loftq, qpissa (quantised base); "
+         "eva, corda (residual base), from activations; lora_ga (residual base), from gradients")
       ->required()
-      ->check(
-          CLI::IsMember({"kaiming", "gaussian", "orthogonal", "mica", "pissa", "milora", "olora", "loftq", "qpissa"}));
+      ->check(CLI::IsMember({"kaiming", "gaussian", "orthogonal", "mica", "pissa", "milora", "olora", "loftq", "qpissa",
+                             "eva", "corda", "lora_ga"}));
   sub->add_option("checkpoint", o->checkpoint, "A .safetensors file or a Hugging Face directory")->required();
   sub->add_option("-o,--output", o->output, "Directory for the adapter, and base/ below it")->required();
   sub->add_option("-r,--rank", o->method.rank, "Rank")->capture_default_str()->check(CLI::PositiveNumber);
@@ -280,6 +329,26 @@ void add_init(CLI::App& app) {
   sub->add_option("--block-size", o->method.block_size, "Elements that share a scale")->capture_default_str();
   sub->add_flag("--double-quant", o->method.double_quantise, "Quantise the scales too");
   sub->add_flag("--packed", o->packed, "Keep the base as 4-bit codes, as bitsandbytes stores them");
+  sub->add_option("--activations", o->activations,
+                  "corda, eva: .safetensors or .npz with, for each module, its inputs as \"<module>\" (tokens x in) or "
+                  "their second moments as \"<module>.covariance\" (in x in)");
+  sub->add_option("--gradients", o->gradients,
+                  "lora_ga: .safetensors or .npz with the gradient of each weight, in the weight's shape");
+  sub->add_option("--mode", o->method.corda_mode,
+                  "corda: adapt what the inputs use most (instruction) or least (knowledge)")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"instruction", "knowledge"}));
+  sub->add_option("--damping", o->method.damping, "corda: added to the covariance, relative to its mean diagonal")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
+  sub->add_option("--gamma", o->method.gamma, "lora_ga: factors are scaled by out^(1/4)/sqrt(gamma)")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  sub->add_option("--rho", o->method.rho, "eva: a module may get up to this multiple of the rank; 1 keeps ranks equal")
+      ->capture_default_str()
+      ->check(CLI::Range(1.0, 64.0));
+  sub->add_flag("--whiten", o->method.whiten, "eva: divide the rows of A by the roots of their singular values");
+  sub->add_flag("--no-centre{false}", o->method.centre, "eva: do not subtract the mean of the inputs");
   sub->add_option("--seed", o->seed, "Seed of all random numbers")->capture_default_str();
   sub->add_option("--dtype", o->method.dtype, "Type of the stored factors")
       ->capture_default_str()

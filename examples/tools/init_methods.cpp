@@ -2,9 +2,11 @@
 // The initialisers behind `lowrank init`.
 #include "init_methods.hpp"
 
+#include <lowrank/init/corda.hpp>
 #include <lowrank/init/gaussian.hpp>
 #include <lowrank/init/kaiming.hpp>
 #include <lowrank/init/loftq.hpp>
+#include <lowrank/init/lora_ga.hpp>
 #include <lowrank/init/milora.hpp>
 #include <lowrank/init/olora.hpp>
 #include <lowrank/init/orthogonal.hpp>
@@ -100,6 +102,46 @@ Matrix<float> as_float(const io::TensorView& weight, bool transposed) {
   return transposed ? Matrix<float>(W.view().transposed()) : std::move(W);
 }
 
+/// W − s·B·A in the type W is stored as, from the weight as it is stored.
+void form_base_as_stored(const io::TensorView& weight, bool transposed, Outcome& out) {
+  const auto form = [&]<class S, class T>(S, const LoraFactors<T>& factors) {
+    with_weight(weight, [&]<class V>(MatrixView<const V> W) {
+      if constexpr (std::is_same_v<V, S>) {
+        if (transposed) W = W.transposed();
+        Matrix<S> base;
+        base.resize(W.rows(), W.cols());
+        const ResidualNorms norms = residual_base(W, factors, base.view());
+        out.report.residual_norm = norms.residual;
+        out.report.storage_error = norms.storage_error;
+        out.base = std::move(base);
+      }
+    });
+  };
+  switch (weight.dtype()) {
+    case io::Dtype::F64:
+      return form(double{}, LoraFactors<double>{Matrix<double>(out.factors.A), Matrix<double>(out.factors.B),
+                                                double(out.factors.scale)});
+    case io::Dtype::BF16:
+      return form(bf16{}, out.factors);
+    case io::Dtype::F16:
+      return form(f16{}, out.factors);
+    default:
+      return form(float{}, out.factors);
+  }
+}
+
+/// Runs f; an error of the library then says whose data it was.
+template <class F>
+auto named(const ModuleData& data, const std::string& name, F&& f) {
+  try {
+    return f();
+  } catch (const IoError&) {
+    throw;
+  } catch (const Error& e) {
+    throw IoError(data.path(), name, e.what());
+  }
+}
+
 Outcome changed(const MethodOptions& o, const io::TensorView& weight, bool transposed, std::uint64_t seed) {
   if (weight.dtype() == io::Dtype::BF16 && o.method == "pissa" && !transposed)
     return with_weight(weight, [&]<class S>(MatrixView<const S> W) -> Outcome {
@@ -122,26 +164,103 @@ Outcome changed(const MethodOptions& o, const io::TensorView& weight, bool trans
   }
   // f64: the factors are found and stored in float at most, the base is formed from them in double.
   Outcome out = split<float>(o, W.view(), seed);
-  const LoraFactors<double> exact{Matrix<double>(out.factors.A), Matrix<double>(out.factors.B),
-                                  double(out.factors.scale)};
-  Matrix<double> base = weight.to_matrix<double>();
-  if (transposed) base = Matrix<double>(base.view().transposed());
-  const ResidualNorms norms = residual_base(MatrixView<const double>(base.view()), exact, base.view());
-  out.report.residual_norm = norms.residual;
-  out.report.storage_error = norms.storage_error;
-  out.base = std::move(base);
+  form_base_as_stored(weight, transposed, out);
   return out;
+}
+
+/// CorDA and LoRA-GA.
+Outcome from_data(const MethodOptions& o, const io::TensorView& weight, const ModuleInfo& info, bool transposed,
+                  std::uint64_t seed) {
+  const Matrix<float> W = as_float(weight, transposed);
+  lowrank::detail::expect_finite("lowrank init", "W", W.view());  // what is wrong after this is wrong with the data
+  const auto take = [&](auto&& result) {
+    Outcome out;
+    out.factors = std::move(result.factors);
+    out.report = std::move(result.report);
+    if (weight.dtype() == io::Dtype::F32)
+      out.base = std::move(result.base);
+    else
+      form_base_as_stored(weight, transposed, out);
+    return out;
+  };
+  const FactorStorage storage = factor_storage(o.dtype);
+  if (o.method == "lora_ga") {
+    const std::string name = find_gradient(*o.data, info);
+    Matrix<float> G = o.data->matrix(name);
+    LoraGaOptions l{.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .gamma = o.gamma};
+    l.factor_storage = storage;
+    l.svd.seed = seed;
+    return named(*o.data, name, [&] { return take(lora_ga(W, transposed ? G.view().transposed() : G.view(), l)); });
+  }
+  const ActivationEntry entry = find_activations(*o.data, info.name, W.cols());
+  const Matrix<float> X = o.data->matrix(entry.name);
+  CordaOptions c{.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora};
+  c.mode = o.corda_mode == "knowledge" ? CordaMode::knowledge : CordaMode::instruction;
+  c.damping = o.damping;
+  c.factor_storage = storage;
+  c.svd.seed = seed;
+  return named(*o.data, entry.name, [&] {
+    if (entry.covariance) return take(corda(W, ActivationCovariance<float>::from_mean(X, 1), c));
+    ActivationCovariance<float> covariance(W.cols());
+    covariance.add(X.view());
+    return take(corda(W, covariance, c));
+  });
 }
 
 }  // namespace
 
 bool quantises(const std::string& method) { return method == "loftq" || method == "qpissa"; }
 bool changes_base(const std::string& method) {
-  return quantises(method) || method == "pissa" || method == "milora" || method == "olora";
+  return quantises(method) || needs_gradients(method) || method == "corda" || method == "pissa" || method == "milora" ||
+         method == "olora";
+}
+bool needs_activations(const std::string& method) { return method == "corda" || method == "eva"; }
+bool needs_gradients(const std::string& method) { return method == "lora_ga"; }
+
+EvaPlan plan_eva(const MethodOptions& o, const Modules& modules, const std::vector<std::size_t>& selected,
+                 bool transposed, std::uint64_t seed) {
+  EvaPlan plan;
+  std::vector<std::vector<double>> explained;
+  for (const std::size_t i : selected) {
+    const ModuleInfo& info = modules.infos[i];
+    const Index in = transposed ? info.rows : info.cols;
+    const ActivationEntry entry = find_activations(*o.data, info.name, in);
+    ActivationSvdOptions a;
+    a.components = std::min({in, info.rows, info.cols, Index(std::ceil(o.rho * double(o.rank)))});
+    a.centre = o.centre && !entry.covariance;
+    a.seed = CounterRng(seed, 1).bits(i);
+    const Matrix<float> X = o.data->matrix(entry.name);
+    plan.inputs.push_back(named(*o.data, entry.name, [&] {
+      if (entry.covariance) return ActivationSvd<float>::from_covariance(X, 1, a);
+      ActivationSvd<float> inputs(in, a);
+      inputs.add(X.view());
+      return inputs;
+    }));
+    if (o.rho == 1 && plan.inputs.back().directions().cols() < o.rank)
+      o.data->fail(entry.name, lowrank::detail::text("has ", X.rows(), " tokens, too few for rank ", o.rank));
+    explained.push_back(plan.inputs.back().explained());
+  }
+  plan.ranks = eva_ranks(explained, o.rank * Index(selected.size()));
+  return plan;
 }
 
-Outcome initialise(const MethodOptions& o, const io::TensorView& weight, const ModuleInfo& info, bool transposed,
-                   std::uint64_t seed) {
+Outcome initialise_eva(const MethodOptions& o, const EvaPlan& plan, std::size_t k, Index out) {
+  const double r = double(plan.ranks[k]), nominal = double(o.rank);
+  // The scale stays what alpha and the nominal rank make it, whatever rank the module got.
+  const double alpha = o.alpha * (o.rslora ? std::sqrt(r / nominal) : r / nominal);
+  Outcome result;
+  auto init = eva(out, plan.inputs[k],
+                  {.rank = plan.ranks[k], .alpha = alpha, .rank_stabilised = o.rslora, .whiten = o.whiten});
+  result.factors = std::move(init.factors);
+  result.report = std::move(init.report);
+  return result;
+}
+
+namespace {
+
+Outcome initialised(const MethodOptions& o, const io::TensorView& weight, const ModuleInfo& info, bool transposed,
+                    std::uint64_t seed) {
+  if (o.data) return from_data(o, weight, info, transposed, seed);
   if (changes_base(o.method)) return changed(o, weight, transposed, seed);
   const auto take = [](auto&& result) {
     Outcome out;
@@ -163,6 +282,19 @@ Outcome initialise(const MethodOptions& o, const io::TensorView& weight, const M
         orthogonal<float>(out, in, {.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .seed = seed}));
   const Matrix<float> W = as_float(weight, transposed);
   return take(mica(W, {.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora}));
+}
+
+}  // namespace
+
+Outcome initialise(const MethodOptions& o, const io::TensorView& weight, const ModuleInfo& info, bool transposed,
+                   std::uint64_t seed) {
+  try {
+    return initialised(o, weight, info, transposed, seed);
+  } catch (const IoError&) {
+    throw;  // says already what it is about
+  } catch (const Error& e) {
+    weight.fail(e.what());
+  }
 }
 
 std::vector<float> row_norms(const io::TensorView& weight, bool transposed) {

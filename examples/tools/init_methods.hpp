@@ -2,11 +2,13 @@
 // The initialisers behind `lowrank init`, for weights of any stored type. Compiled apart from the command line.
 #pragma once
 
+#include <lowrank/init/eva.hpp>
 #include <lowrank/init/initialised.hpp>
 #include <lowrank/quant/quantized_matrix.hpp>
 #include <variant>
 
 #include "models.hpp"
+#include "module_data.hpp"
 
 namespace lowrank::tool {
 
@@ -19,8 +21,18 @@ struct MethodOptions {
   int bits = 4, iterations = 5;
   Index block_size = 64;
   bool double_quantise = false;
+  /// corda and eva: --activations; lora_ga: --gradients.
+  std::shared_ptr<const ModuleData> data = nullptr;
+  std::string corda_mode = "instruction";
+  double damping = 0.01, gamma = 16;
+  /// eva: directions kept for each module, in multiples of the rank; above 1 the ranks move to where they explain most.
+  double rho = 2;
+  bool whiten = false, centre = true;
 };
 
+/// Whether the method looks at activations or at gradients.
+bool needs_activations(const std::string& method);
+bool needs_gradients(const std::string& method);
 /// Whether the method replaces W by another base, and whether that base is quantised.
 bool changes_base(const std::string& method);
 bool quantises(const std::string& method);
@@ -37,7 +49,17 @@ struct Outcome {
   double plain_error = 0, error = 0;  ///< of plain quantisation, and of Q + s·B·A
 };
 
-/// Runs the method on a module's weight. `transposed`: the file stores in×out.
+/// EVA looks at the inputs of all modules before it knows the rank of one.
+struct EvaPlan {
+  std::vector<ActivationSvd<float>> inputs;  ///< one for each selected module
+  std::vector<Index> ranks;                  ///< 0: the module gets no adapter
+};
+EvaPlan plan_eva(const MethodOptions& o, const Modules& modules, const std::vector<std::size_t>& selected,
+                 bool transposed, std::uint64_t seed);
+/// EVA's factors of the selected module k, with `out` outputs, at the scale of the nominal rank.
+Outcome initialise_eva(const MethodOptions& o, const EvaPlan& plan, std::size_t k, Index out);
+
+/// Runs the method (any but eva) on a module's weight. `transposed`: the file stores in×out.
 Outcome initialise(const MethodOptions& o, const io::TensorView& weight, const ModuleInfo& info, bool transposed,
                    std::uint64_t seed);
 

@@ -6,6 +6,7 @@
 #include <lowrank/core/version.hpp>
 
 #include <algorithm>
+#include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <new>
@@ -42,6 +43,7 @@ int run(int argc, char** argv) {
   for (const Entry& e : list) e.add(app);
   try {
     app.parse(argc, argv);
+    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) return complain(1, "cannot write the report to stdout");
     return 0;
   } catch (const CLI::ParseError& e) {
     if (e.get_exit_code() == 0) return app.exit(e);  // --help, --version
@@ -54,6 +56,8 @@ int run(int argc, char** argv) {
     return complain(1, e.what());
   } catch (const std::bad_alloc&) {
     return complain(1, "not enough memory");
+  } catch (const std::exception& e) {
+    return complain(1, e.what());
   }
 }
 
@@ -65,4 +69,8 @@ Registration::Registration(int order, const char* name, void (*add)(CLI::App&)) 
 
 }  // namespace lowrank::tool
 
-int main(int argc, char** argv) { return lowrank::tool::run(argc, argv); }
+int main(int argc, char** argv) {
+  // A limit on file sizes is a disk that is full: an error of the write that met it, with the temporary file removed.
+  std::signal(SIGXFSZ, SIG_IGN);
+  return lowrank::tool::run(argc, argv);
+}

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <map>
 
+#include "merge_packed.hpp"
 #include "models.hpp"
 
 namespace lowrank::tool::merge_command {
@@ -90,6 +91,8 @@ std::vector<std::byte> merged_bytes(const Options& o, const io::TensorView& t, c
       report = checked_merge<T>(W, stored_factors<T>(m, fan_in_fan_out), limits);
     } catch (const MergeRefused& e) {
       t.fail(std::string(e.what()) + " (--allow-lossy merges anyway)");
+    } catch (const Error& e) {
+      t.fail(e.what());
     }
   } else {
     report = merge_dora(fan_in_fan_out ? W.view().transposed() : W.view(), stored_factors<T>(m, false), m.magnitude);
@@ -114,6 +117,41 @@ std::vector<std::byte> merged(const Options& o, const io::TensorView& t, const i
   }
 }
 
+/// Calls f with the elements of a vector as stored.
+template <class F>
+auto with_weight_row(const io::TensorView& t, F&& f) {
+  const auto as = [&]<class S>(S) {
+    std::vector<S> v(static_cast<std::size_t>(t.size()));
+    if (!v.empty()) std::memcpy(v.data(), t.bytes().data(), t.bytes().size());
+    return f(std::move(v));
+  };
+  switch (t.dtype()) {
+    case io::Dtype::F32:
+      return as(float{});
+    case io::Dtype::F64:
+      return as(double{});
+    case io::Dtype::BF16:
+      return as(bf16{});
+    case io::Dtype::F16:
+      return as(f16{});
+    default:
+      t.fail(lowrank::detail::text("is stored as ", io::dtype_name(t.dtype()), ", which cannot be merged into"));
+  }
+}
+
+/// The bias of a layer with s times that of lora_B added, in the type it is stored as.
+std::vector<std::byte> merged_bias(const io::TensorView& t, const io::AdapterModule& m) {
+  return with_weight_row(t, [&]<class S>(std::vector<S> bias) {
+    using T = arithmetic_of<S>;
+    for (std::size_t i = 0; i < bias.size(); ++i) {
+      bias[i] = S(T(bias[i]) + T(m.factors.scale) * T(m.bias[i]));
+      if (!std::isfinite(double(bias[i]))) t.fail("is not finite after the merge");
+    }
+    const auto b = std::as_bytes(std::span(bias));
+    return std::vector<std::byte>(b.begin(), b.end());
+  });
+}
+
 void run(const Options& o) {
   expect_different(o.base, o.output);
   expect_different(o.adapter, o.output);
@@ -124,13 +162,26 @@ void run(const Options& o) {
     if (fs::equivalent(original->second, o.base, ignored) && !ignored)
       throw IoError(o.adapter, "stands on the base that was written beside it, not on the original " + o.base);
   }
-  const Modules modules(base);
+  const Modules modules(base, true);
   std::string summary;
   const std::vector<std::size_t> where = match_adapter(o.adapter, adapter, modules, summary);
-  std::map<std::string, std::size_t> of_tensor;
+  std::map<std::string, std::size_t> of_tensor, of_bias, of_part;
   for (std::size_t k = 0; k < where.size(); ++k) {
     const io::AdapterModule& m = adapter.modules[k];
-    if (!m.bias.empty()) throw IoError(o.adapter, m.name, "has a bias on lora_B, which merge does not support");
+    const io::TensorView& weight = modules.weights[where[k]];
+    const bool packed = weight.dtype() == io::Dtype::U8;
+    if (packed && !m.magnitude.empty())
+      throw IoError(o.adapter, m.name, "is a DoRA adapter on a 4-bit weight, which merge does not support");
+    if (!m.bias.empty()) {
+      const auto bias = base.find(m.name + ".bias");
+      if (!bias || bias->size() != Index(m.bias.size()))
+        throw IoError(o.adapter, m.name,
+                      bias ? "has a bias on lora_B of another length than the layer's"
+                           : "has a bias on lora_B, but the layer has none to merge it into");
+      of_bias[bias->name()] = k;
+    }
+    if (packed)
+      for (const std::string& part : PackedMerge::parts(base, weight.name())) of_part[part] = k;
     if (m.kind == ModuleKind::conv) {
       const auto& s = modules.weights[where[k]].shape();
       Index inner = 1;
@@ -140,7 +191,7 @@ void run(const Options& o) {
         throw IoError(o.adapter, m.name,
                       "is a convolution of another shape, or a grouped one, which merge does not support");
     }
-    of_tensor[modules.weights[where[k]].name()] = k;
+    of_tensor[weight.name()] = k;
   }
   std::map<std::string, const io::SavedTensor*> replaced;
   for (const io::SavedTensor& t : adapter.saved) {
@@ -173,7 +224,32 @@ void run(const Options& o) {
                        {"effective_norm", r.effective_norm},
                        {"weight_norm", r.weight_norm}});
   };
+  // A dry run reports what would be refused.
+  const RequantiseOptions limits{.min_correlation = o.min_correlation, .allow_lossy = o.allow_lossy || o.dry_run};
+  const auto size_of = [&](std::size_t k) {
+    return modules.infos[where[k]].rows > 0 ? modules.infos[where[k]].rows * modules.infos[where[k]].cols
+                                            : modules.weights[where[k]].size();
+  };
+  PackedMerge packed(
+      base, limits,
+      [&](const std::string& weight) {
+        return stored_factors<float>(adapter.modules[of_tensor.at(weight)], adapter.config.fan_in_fan_out);
+      },
+      [&](const std::string& weight, const MergeReport& r) {
+        const std::size_t k = of_tensor.at(weight);
+        account(adapter.modules[k].name, size_of(k), r);
+      });
   const auto rewrite = [&](const io::TensorView& t) -> std::optional<io::TensorRewrite> {
+    if (const auto k = of_bias.find(t.name()); k != of_bias.end())
+      return io::TensorRewrite{{{t.name(), t.dtype(), t.shape()}}, [&, t, k = k->second](io::SafeTensorsWriter& out) {
+                                 out.write(t.name(), merged_bias(t, adapter.modules[k]));
+                               }};
+    if (const auto k = of_part.find(t.name()); k != of_part.end()) {
+      const std::string& weight = modules.weights[where[k->second]].name();
+      return io::TensorRewrite{
+          {packed.spec(weight, t.name())},
+          [&, name = t.name(), weight](io::SafeTensorsWriter& out) { out.write(name, packed.bytes(weight, name)); }};
+    }
     if (const auto r = replaced.find(t.name()); r != replaced.end())
       return io::TensorRewrite{
           {{t.name(), r->second->spec.dtype, r->second->spec.shape}},
@@ -190,10 +266,14 @@ void run(const Options& o) {
     for (std::size_t k = 0; k < where.size(); ++k) {
       MergeReport r;
       Options lossy = o;
-      lossy.allow_lossy = true;  // a dry run reports what would be refused
-      (void)merged(lossy, modules.weights[where[k]], adapter.modules[k], adapter.config.fan_in_fan_out, r);
+      lossy.allow_lossy = true;
+      const io::TensorView& weight = modules.weights[where[k]];
+      if (weight.dtype() == io::Dtype::U8)
+        r = packed.report(weight.name());
+      else
+        (void)merged(lossy, weight, adapter.modules[k], adapter.config.fan_in_fan_out, r);
       modules.weights[where[k]].drop();
-      account(adapter.modules[k].name, modules.weights[where[k]].size(), r);
+      account(adapter.modules[k].name, size_of(k), r);
     }
   } else {
     std::uint64_t all = 0;

@@ -6,10 +6,12 @@
 #include <filesystem>
 #include <set>
 
+#include "lowrank/io/bitsandbytes.hpp"
+
 namespace lowrank::tool {
 namespace fs = std::filesystem;
 
-Modules::Modules(const io::Checkpoint& checkpoint) {
+Modules::Modules(const io::Checkpoint& checkpoint, bool packed) {
   static constexpr std::array<std::string_view, 8> embeddings{
       "embed_tokens",         "wte", "wpe", "word_embeddings", "embed_in", "tok_embeddings", "position_embeddings",
       "token_type_embeddings"};
@@ -26,7 +28,12 @@ Modules::Modules(const io::Checkpoint& checkpoint) {
                       : ModuleKind::linear;
     else if (io::is_convertible_float(t.dtype()) && shape.size() == 4)
       info.kind = ModuleKind::conv;
-    if (shape.size() == 2) {
+    if (packed && t.dtype() == io::Dtype::U8 && !io::bitsandbytes_type(checkpoint, t.name()).empty()) {
+      const io::BitsandbytesState state = io::read_bitsandbytes_state(checkpoint, t.name());
+      info.kind = ModuleKind::linear;
+      info.rows = state.rows;
+      info.cols = state.cols;
+    } else if (shape.size() == 2) {
       info.rows = t.rows();
       info.cols = t.cols();
     }

@@ -20,7 +20,8 @@ struct Modules {
   std::vector<ModuleInfo> infos;
   std::vector<io::TensorView> weights;  ///< weights[i] belongs to infos[i]
 
-  explicit Modules(const io::Checkpoint& checkpoint);
+  /// `packed`: 4-bit weights of bitsandbytes are matrices too, of the shape they have unpacked.
+  explicit Modules(const io::Checkpoint& checkpoint, bool packed = false);
   [[nodiscard]] std::optional<std::size_t> find(std::string_view name) const;
 };
 

@@ -276,3 +276,55 @@ TEST_CASE_TEMPLATE("lora_ga: directions of the gradient, base + s·B·A = W", T,
   bad(2, 2) = T(NAN);
   CHECK_THROWS_AS((void)lora_ga(W, bad, {.rank = 4}), NonFiniteError);
 }
+
+TEST_CASE_TEMPLATE("a covariance collected elsewhere stands for the activations", T, float, double) {
+  const double eps = std::numeric_limits<T>::epsilon();
+  const Index in = 14, tokens = 80;
+  const Matrix<T> X = activations<T>(tokens, in, 21), W = test::random_matrix<T>(18, in, 22);
+  Matrix<T> mean = multiply<T>(X.view().transposed(), X.view());
+  for (Index i = 0; i < mean.size(); ++i) mean.data()[i] /= T(tokens);
+  ActivationCovariance<T> seen(in);
+  seen.add(X.view());
+  auto given = ActivationCovariance<T>::from_mean(mean, tokens);
+  CHECK(test::deviation(given.damped(0.02), seen.damped(0.02)) < 16 * eps);
+  seen.add(X.view().middle_rows(0, 20));  // and goes on from there with the right weight
+  given.add(X.view().middle_rows(0, 20));
+  CHECK(given.tokens() == 100);
+  CHECK(test::deviation(given.damped(0.02), seen.damped(0.02)) < 16 * eps);
+
+  const ActivationSvdOptions options{.components = 5, .centre = false};
+  ActivationSvd<T> streamed(in, options);
+  streamed.add(X.view());
+  const auto direct = ActivationSvd<T>::from_covariance(mean, tokens, options);
+  // X·Xᵀ has the squares of the singular values: what is eps·σ₁² there is eps·σ₁²/σ_k here. The subspace's angle is
+  // that over the gap; both iterations stop at 1e-6·σ₁ or better, so a thousandth is far from either.
+  for (std::size_t k = 0; k < 5; ++k)
+    CHECK(double(direct.singular_values()[k]) == doctest::Approx(double(streamed.singular_values()[k])).epsilon(1e-3));
+  CHECK(direct.total_energy() == doctest::Approx(streamed.total_energy()).epsilon(1e-5));
+  CHECK(direct.tokens() == tokens);
+  const Matrix<T> cross = multiply<T>(streamed.directions().transposed(), direct.directions());
+  for (Index k = 0; k < 5; ++k) CHECK(std::abs(double(cross(k, k))) == doctest::Approx(1).epsilon(1e-3));
+  const auto init = eva(18, direct, {.rank = 3, .alpha = 3});
+  CHECK(init.factors.A.rows() == 3);
+
+  using Covariance = ActivationCovariance<T>;
+  using Directions = ActivationSvd<T>;
+  CHECK_THROWS_AS((void)Covariance::from_mean(X, tokens), ShapeError);
+  CHECK_THROWS_AS((void)Covariance::from_mean(mean, 0), ArgumentError);
+  CHECK_THROWS_AS((void)Directions::from_covariance(mean, tokens, {.components = 15, .centre = false}), ArgumentError);
+  CHECK_THROWS_AS((void)Directions::from_covariance(mean, tokens, {.components = 5}), ArgumentError);  // centred
+  Matrix<T> crooked = mean;
+  crooked(2, 3) += mean(2, 2);
+  CHECK_THROWS_AS((void)Covariance::from_mean(crooked, tokens), ArgumentError);
+  CHECK_THROWS_AS((void)Directions::from_covariance(crooked, tokens, options), ArgumentError);
+  Matrix<T> below(in, in);  // a correlation beyond 1
+  below(0, 1) = below(1, 0) = T(1);
+  CHECK_THROWS_AS((void)Covariance::from_mean(below, tokens), ArgumentError);
+  // Every pair of the first three is possible, all three together are not: the eigenvalue 1 − 2·0.6 is negative.
+  for (Index i = 0; i < in; ++i)
+    for (Index j = 0; j < in; ++j) below(i, j) = T(i == j ? (i < 3 ? 1 : 0.01) : i < 3 && j < 3 ? -0.6 : 0);
+  CHECK_THROWS_AS((void)Directions::from_covariance(below, tokens, options), ArgumentError);
+  Matrix<T> broken = mean;
+  broken(1, 1) = T(NAN);
+  CHECK_THROWS_AS((void)Covariance::from_mean(broken, tokens), NonFiniteError);
+}

@@ -2,6 +2,7 @@
 """What the peer tests share: a safetensors reader and writer of numpy alone, a tiny Llama, and how to skip."""
 import json
 import os
+import platform
 import struct
 import subprocess
 import sys
@@ -16,6 +17,9 @@ try:
     import numpy as np
 except ImportError:
     skip("numpy is not installed for " + sys.executable)
+
+# On a busy machine threads that spin at barriers make each of these many short runs take seconds.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 DTYPES = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "U8": "u1", "I64": "<i8"}
 
@@ -58,8 +62,9 @@ def write_safetensors(path, tensors):
             f.write(np.ascontiguousarray(a, "<f4").tobytes())
 
 
-def run(program, *args, code=0):
-    r = subprocess.run([program, *map(str, args)], capture_output=True, text=True)
+def run(program, *args, code=0, threads=None):
+    env = None if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    r = subprocess.run([program, *map(str, args)], capture_output=True, text=True, env=env)
     assert r.returncode == code, f"{args}: exit {r.returncode}, {r.stderr}"
     return r.stdout
 
@@ -72,14 +77,18 @@ def node_packages(build):
         if os.environ.get("LOWRANK_INSTALL_PEERS") != "1":
             skip("the npm packages are not installed (set LOWRANK_INSTALL_PEERS=1, or LOWRANK_PEERS_NODE to a directory)")
         os.makedirs(directory, exist_ok=True)
-        packages = ["@huggingface/gguf", "node-llama-cpp", "@node-llama-cpp/linux-x64"]
+        # node-llama-cpp would choose its prebuilt llama.cpp among a dozen optional packages: the CPU one is enough.
+        machine = {"x86_64": "linux-x64", "aarch64": "linux-arm64"}.get(platform.machine())
+        if machine is None or platform.system() != "Linux":
+            skip(f"there is no prebuilt llama.cpp to try on {platform.system()} {platform.machine()}")
+        packages = ["@huggingface/gguf@0.4.6", "node-llama-cpp@3.22.1", f"@node-llama-cpp/{machine}@3.22.1"]
         try:
-            r = subprocess.run(["npm", "install", "--prefix", directory, "--omit=optional", "--ignore-scripts", "--no-audit", "--no-fund", *packages],
-                               capture_output=True, text=True, timeout=600)
+            r = subprocess.run(["npm", "install", "--prefix", directory, "--omit=optional", "--ignore-scripts", "--no-audit", "--no-fund",
+                                "--fetch-retries=1", *packages], capture_output=True, text=True, timeout=600)
         except (OSError, subprocess.TimeoutExpired) as e:
             skip(f"npm install does not work here: {e}")
         if r.returncode != 0:
-            skip("npm install failed: " + r.stderr.strip().splitlines()[-1])
+            skip("npm install failed: " + next((x for x in r.stderr.splitlines() if x.startswith(("npm error", "npm ERR!"))), "no message"))
     return directory
 
 
@@ -120,7 +129,9 @@ def tiny_llama(directory, seed=0):
 
 
 def tiny_adapter(directory, weights, rslora, seed=1):
-    """A PEFT adapter as PEFT itself would write it, with alpha != r, B != 0, an own rank and an own alpha; returns ΔW."""
+    """A PEFT adapter as PEFT itself would write it, with alpha != r, B != 0, an own rank and an own alpha.
+
+    Returns {weight name: (scale, A, B)}; of an embedding, scale·B·A is the transpose of the table's change."""
     rng = np.random.default_rng(seed)
     os.makedirs(directory, exist_ok=True)
     config = {
@@ -128,7 +139,7 @@ def tiny_adapter(directory, weights, rslora, seed=1):
         "rank_pattern": {"mlp.up_proj": 3}, "alpha_pattern": {"layers.1.self_attn.o_proj": 2.5}, "base_model_name_or_path": None,
         "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "lora_dropout": 0.0, "task_type": "CAUSAL_LM",
     }
-    tensors, deltas = {}, {}
+    tensors, factors = {}, {}
     for name, w in weights.items():
         module = name[: -len(".weight")]
         if module.split(".")[-1] not in config["target_modules"]:
@@ -145,19 +156,34 @@ def tiny_adapter(directory, weights, rslora, seed=1):
         p = "base_model.model." + module
         tensors[p + (".lora_embedding_A" if embedding else ".lora_A.weight")] = a
         tensors[p + (".lora_embedding_B" if embedding else ".lora_B.weight")] = b
-        d = scale * (b.astype(np.float64) @ a.astype(np.float64))
-        deltas[name] = d.T if embedding else d
+        factors[name] = (scale, a.astype(np.float64), b.astype(np.float64))
     json.dump(config, open(os.path.join(directory, "adapter_config.json"), "w"), indent=2)
     write_safetensors(os.path.join(directory, "adapter_model.safetensors"), tensors)
-    return deltas
+    return factors
 
 
-def next_token_logits(weights, tokens):
-    """The forward pass of a Llama in double; logits after the last token."""
+def deltas(factors):
+    """{weight name: ΔW} in the shape of the stored weight."""
+    return {name: (s * b @ a).T if name.endswith("embed_tokens.weight") else s * b @ a for name, (s, a, b) in factors.items()}
+
+
+def next_token_logits(weights, tokens, factors=None, attention=None, adapter=None):
+    """The forward pass of a Llama in double, the adapter beside the weights; logits after the last token.
+
+    `attention` and `adapter` are applied to every operand of the products of attention and of the adapter: what a peer's
+    narrower types do to them."""
     c = CONFIG
+    factors, attention, adapter = factors or {}, attention or (lambda x: x), adapter or (lambda x: x)
     w = {k: v.astype(np.float64) for k, v in weights.items()}
     heads, kv_heads, d, eps = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"], c["rms_norm_eps"]
     n = len(tokens)
+
+    def linear(x, name):
+        y = x @ w[name].T
+        if name in factors:
+            s, a, b = factors[name]
+            y = y + s * (adapter(adapter(x) @ adapter(a).T) @ adapter(b).T)
+        return y
 
     def norm(x, g):
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * g
@@ -169,25 +195,29 @@ def next_token_logits(weights, tokens):
         a, b = x[..., : d // 2], x[..., d // 2 :]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
-    x = w["model.embed_tokens.weight"][tokens]
+    table = "model.embed_tokens.weight"
+    x = w[table][tokens]
+    if table in factors:
+        s, a, b = factors[table]
+        x = x + s * (adapter(adapter(a).T[tokens]) @ adapter(b).T)
     mask = np.triu(np.full((n, n), -np.inf), 1)
     for i in range(c["num_hidden_layers"]):
         p = f"model.layers.{i}."
         y = norm(x, w[p + "input_layernorm.weight"])
-        q = rope((y @ w[p + "self_attn.q_proj.weight"].T).reshape(n, heads, d))
-        k = rope((y @ w[p + "self_attn.k_proj.weight"].T).reshape(n, kv_heads, d))
-        v = (y @ w[p + "self_attn.v_proj.weight"].T).reshape(n, kv_heads, d)
+        q = attention(rope(linear(y, p + "self_attn.q_proj.weight").reshape(n, heads, d)))
+        k = attention(rope(linear(y, p + "self_attn.k_proj.weight").reshape(n, kv_heads, d)))
+        v = attention(linear(y, p + "self_attn.v_proj.weight").reshape(n, kv_heads, d))
         out = np.empty((n, heads, d))
         for hd in range(heads):
             g = hd // (heads // kv_heads)
             s = q[:, hd] @ k[:, g].T / np.sqrt(d) + mask
             s = np.exp(s - s.max(-1, keepdims=True))
-            out[:, hd] = s / s.sum(-1, keepdims=True) @ v[:, g]
-        x = x + out.reshape(n, -1) @ w[p + "self_attn.o_proj.weight"].T
+            out[:, hd] = attention(s / s.sum(-1, keepdims=True)) @ v[:, g]
+        x = x + linear(out.reshape(n, -1), p + "self_attn.o_proj.weight")
         y = norm(x, w[p + "post_attention_layernorm.weight"])
-        gate = y @ w[p + "mlp.gate_proj.weight"].T
-        x = x + (gate / (1 + np.exp(-gate)) * (y @ w[p + "mlp.up_proj.weight"].T)) @ w[p + "mlp.down_proj.weight"].T
-    return norm(x, w["model.norm.weight"])[-1] @ w["lm_head.weight"].T
+        gate = linear(y, p + "mlp.gate_proj.weight")
+        x = x + linear(gate / (1 + np.exp(-gate)) * linear(y, p + "mlp.up_proj.weight"), p + "mlp.down_proj.weight")
+    return linear(norm(x, w["model.norm.weight"])[-1], "lm_head.weight")
 
 
 # ---- the base as GGUF -----------------------------------------------------------------------------------------------

@@ -20,6 +20,24 @@ class ActivationCovariance {
     sum_ = Matrix<T>(in, in);
   }
 
+  /// A covariance somebody else collected: C = E[x·xᵀ] over that many tokens. More batches may follow.
+  ///
+  /// **Shapes** C in×in, any order. **Throws** ShapeError unless square; NonFiniteError; ArgumentError: no tokens, a
+  /// negative diagonal, C_ij further from C_ji than √eps·√(C_ii·C_jj), or larger than that root.
+  template <MatrixOf<const T> Square>
+  static ActivationCovariance from_mean(Square&& mean, Index tokens) {
+    const MatrixView<const T> C = view_of(mean);
+    detail::expect_shape("ActivationCovariance::from_mean", "C", C.rows(), C.cols(), C.rows(), C.rows());
+    if (tokens < 1)
+      throw ArgumentError(detail::text("ActivationCovariance::from_mean: tokens must be positive, got ", tokens));
+    detail::expect_covariance("ActivationCovariance::from_mean", C);
+    ActivationCovariance result(C.rows());
+    for (Index i = 0; i < C.rows(); ++i)
+      for (Index j = 0; j < C.rows(); ++j) result.sum_(i, j) = T(double(tokens) * double(C(i, j)));
+    result.tokens_ = tokens;
+    return result;
+  }
+
   /// Adds a batch. **Shapes** X tokens×in, any order. **Throws** ShapeError; NonFiniteError, before anything is added.
   template <MatrixOf<const T> Batch>
   void add(Batch&& batch) {

@@ -40,6 +40,40 @@ class ActivationSvd {
           detail::text("ActivationSvd: components must lie in [1, ", in, "], got ", options.components));
   }
 
+  /// The directions of a covariance somebody else collected, C = E[x·xᵀ] over that many tokens.
+  ///
+  /// **Shapes** C in×in, any order. **Throws** ShapeError unless square; NonFiniteError; ArgumentError: no tokens, no
+  /// covariance (asymmetric, a negative eigenvalue among the leading ones), options as the constructor, and `centre`,
+  /// since C no longer knows a mean: subtract it before, or do without. **Cost** a truncated SVD of C.
+  template <MatrixOf<const T> Square>
+  static ActivationSvd from_covariance(Square&& covariance, Index tokens, const ActivationSvdOptions& options) {
+    const MatrixView<const T> C = view_of(covariance);
+    detail::expect_shape("ActivationSvd::from_covariance", "C", C.rows(), C.cols(), C.rows(), C.rows());
+    if (tokens < 1)
+      throw ArgumentError(detail::text("ActivationSvd::from_covariance: tokens must be positive, got ", tokens));
+    if (options.centre)
+      throw ArgumentError("ActivationSvd::from_covariance: a covariance cannot be centred afterwards, set centre off");
+    detail::expect_covariance("ActivationSvd::from_covariance", C);
+    ActivationSvd result(C.rows(), options);
+    TruncatedSvd<T> d = truncated_svd(C, options.components, {.seed = options.seed});
+    for (Index i = 0; i < C.rows(); ++i) result.total_ += double(tokens) * double(C(i, i));
+    for (Index k = 0; k < options.components; ++k) {
+      T& s = d.S[std::size_t(k)];
+      const double side = detail::lane_sum(C.rows(), [&](Index i) { return double(d.U(i, k)) * double(d.V(i, k)); });
+      // C·v = λ·v has u = v; u = −v is an eigenvalue below zero, which rounding alone makes no larger than eps·trace.
+      if (side < 0 && double(s) * double(tokens) > double(std::sqrt(std::numeric_limits<T>::epsilon())) * result.total_)
+        throw ArgumentError(detail::text("ActivationSvd::from_covariance: C has the eigenvalue ", -double(s),
+                                         ", a covariance has none below 0"));
+      s = T(std::sqrt(double(tokens) * double(s)));
+    }
+    result.V_ = std::move(d.V);
+    result.S_ = std::move(d.S);
+    result.cosines_.assign(std::size_t(options.components), 0);
+    result.converged_ = d.converged;
+    result.tokens_ = tokens;
+    return result;
+  }
+
   /// Takes in a batch. **Throws** ShapeError; NonFiniteError, before anything has changed.
   template <MatrixOf<const T> Batch>
   void add(Batch&& batch) {

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cmath>
+#include <limits>
 #include <string>
 #include <type_traits>
 
@@ -117,6 +118,27 @@ void expect_finite(const char* where, const char* what, const MatrixView<S>& m) 
       if (!std::isfinite(double(m(i, j))))
         throw NonFiniteError(
             text(where, ": ", what, " must be finite, got ", double(m(i, j)), " at (", i, ", ", j, ")"));
+}
+
+/// Throws unless C could be a covariance as far as its entries tell: finite, symmetric up to rounding, no negative
+/// diagonal, no correlation beyond 1.
+template <class T>
+void expect_covariance(const char* where, const MatrixView<const T>& C) {
+  expect_finite(where, "C", C);
+  const double slack = double(std::sqrt(std::numeric_limits<T>::epsilon()));
+  for (Index i = 0; i < C.rows(); ++i) {
+    if (C(i, i) < 0)
+      throw ArgumentError(text(where, ": the diagonal of C must not be negative, got ", double(C(i, i)), " at ", i));
+    for (Index j = 0; j < i; ++j) {
+      const double most = std::sqrt(double(C(i, i)) * double(C(j, j)));
+      if (!(std::abs(double(C(i, j)) - double(C(j, i))) <= slack * most))
+        throw ArgumentError(text(where, ": C must be symmetric, got ", double(C(i, j)), " at (", i, ", ", j, ") and ",
+                                 double(C(j, i)), " across"));
+      if (!(std::abs(double(C(i, j))) <= (1 + slack) * most))
+        throw ArgumentError(text(where, ": C_ij must not exceed the root of C_ii*C_jj, ", most, ", got ",
+                                 double(C(i, j)), " at (", i, ", ", j, ")"));
+    }
+  }
 }
 
 }  // namespace detail

@@ -99,35 +99,56 @@ inline std::string bitsandbytes_type(const Checkpoint& c, const std::string& wei
   return {};
 }
 
-/// Reads a 4-bit weight.
-///
-/// **Throws** IoError naming the tensor: a part is missing or of the wrong type or length, the state is not the JSON it
-/// should be, a block size bitsandbytes does not have, a quant_map that is not the table of its type, scales that are
-/// negative or not finite. **Cost** a copy of the codes.
-template <Real T = float>
-QuantizedMatrix<T> read_bitsandbytes(const Checkpoint& c, const std::string& weight) {
-  const std::string type = bitsandbytes_type(c, weight);
-  if (type.empty()) throw IoError(c.path(), weight, "is no 4-bit weight of bitsandbytes");
-  const TensorView state = c[weight + std::string(detail::bnb_state) + type];
-  const auto fail = [&](const std::string& what) { throw IoError(state.file().path(), weight, what); };
-  const auto json_bytes = detail::plain_values<std::uint8_t>(state);
-  const Json json =
-      detail::parse_json(state.file().path(), {reinterpret_cast<const char*>(json_bytes.data()), json_bytes.size()});
-  if (!json.is_object()) state.fail("must hold a JSON object");
-  const detail::JsonReader in(state.file().path(), json);
-  QuantizeOptions o;
-  o.codebook = detail::bnb_codebook(state.file().path(), in.string("quant_type", type));
-  o.block_size = in.integer("blocksize", 64, 32, 4096);
+/// What `.quant_state.bitsandbytes__nf4` says of a weight, without the weight.
+struct BitsandbytesState {
+  std::string type;  ///< "nf4", "fp4"
+  Index rows = 0, cols = 0, block_size = 64;
+  float nested_offset = 0;  ///< meaningful under double quantisation
+  Index nested_block_size = 256;
+  Json json;  ///< all that is there, with what is not known here
+};
+
+/// Reads the description of a 4-bit weight. **Throws** IoError naming the tensor: there is none, or it is not the JSON
+/// it should be, a block size bitsandbytes does not have.
+inline BitsandbytesState read_bitsandbytes_state(const Checkpoint& c, const std::string& weight) {
+  BitsandbytesState s;
+  s.type = bitsandbytes_type(c, weight);
+  if (s.type.empty()) throw IoError(c.path(), weight, "is no 4-bit weight of bitsandbytes");
+  const TensorView state = c[weight + std::string(detail::bnb_state) + s.type];
+  const std::string& path = state.file().path();
+  const auto bytes = detail::plain_values<std::uint8_t>(state);
+  s.json = detail::parse_json(path, {reinterpret_cast<const char*>(bytes.data()), bytes.size()});
+  if (!s.json.is_object()) state.fail("must hold a JSON object");
+  const detail::JsonReader in(path, s.json);
+  s.type = detail::bnb_codebook(path, in.string("quant_type", s.type)).name();
+  s.block_size = in.integer("blocksize", 64, 32, 4096);
   const Json* shape = in.find("shape");
   if (shape == nullptr || !shape->is_array() || shape->size() != 2) state.fail("shape must be two integers");
   constexpr std::int64_t limit = std::int64_t(1) << 31;
-  const Index rows = in.as_integer("shape", (*shape)[0], 0, limit),
-              cols = in.as_integer("shape", (*shape)[1], 0, limit);
+  s.rows = in.as_integer("shape", (*shape)[0], 0, limit);
+  s.cols = in.as_integer("shape", (*shape)[1], 0, limit);
+  s.nested_offset = float(in.number("nested_offset", 0));
+  s.nested_block_size = in.integer("nested_blocksize", 256, 1, limit);
+  return s;
+}
+
+/// Reads a 4-bit weight.
+///
+/// **Throws** IoError naming the tensor: a part is missing or of the wrong type or length, what
+/// read_bitsandbytes_state() refuses, a quant_map that is not the table of its type, scales that are negative or not
+/// finite. **Cost** a copy of the codes.
+template <Real T = float>
+QuantizedMatrix<T> read_bitsandbytes(const Checkpoint& c, const std::string& weight) {
+  const BitsandbytesState state = read_bitsandbytes_state(c, weight);
+  const auto fail = [&](const std::string& what) { throw IoError(c[weight].file().path(), weight, what); };
+  QuantizeOptions o;
+  o.codebook = detail::bnb_codebook(c.path(), state.type);
+  o.block_size = state.block_size;
   const auto map = detail::plain_values<float>(c[weight + ".quant_map"]);
   const auto table = detail::table_by_code(o.codebook);
   if (map.size() != 16) fail("quant_map must have 16 values");
   for (std::size_t i = 0; i < 16; ++i)
-    if (!(std::abs(map[i] - table[i]) <= 1e-6F)) fail("quant_map is not the table of " + type);
+    if (!(std::abs(map[i] - table[i]) <= 1e-6F)) fail("quant_map is not the table of " + state.type);
   const auto codes = detail::plain_values<std::uint8_t>(c[weight]);
   QuantizedParts parts;
   parts.codes = codes;
@@ -141,14 +162,14 @@ QuantizedMatrix<T> read_bitsandbytes(const Checkpoint& c, const std::string& wei
     parts.nested_codes = nested_codes;
     parts.nested_absmax = nested_absmax;
     parts.nested_values = nested_values;
-    parts.nested_offset = float(in.number("nested_offset", 0));
-    parts.nested_block_size = in.integer("nested_blocksize", 256, 1, limit);
+    parts.nested_offset = state.nested_offset;
+    parts.nested_block_size = state.nested_block_size;
   } else {
     absmax = detail::plain_values<float>(scales);
     parts.absmax = absmax;
   }
   try {
-    return QuantizedMatrix<T>(rows, cols, o, parts);
+    return QuantizedMatrix<T>(state.rows, state.cols, o, parts);
   } catch (const IoError&) {
     throw;
   } catch (const Error& e) {

@@ -36,7 +36,7 @@ int main(int argc, char** argv) {
     for (const auto& shape : shapes) {
       const auto sv = singular_values(factors.at(shape));
       const auto metrics = spectrum_metrics(sv.values, shape.first, shape.second);
-      const auto bounds = spectrum_bounds(sv, r, r);
+      const auto bounds = spectrum_bounds(sv, shape.first, shape.second);
       if (!noise.contains(shape)) noise[shape] = noise_metrics(shape.first, shape.second);
       sum += metrics.effective_rank / noise[shape].effective_rank;
       exact += bounds.exact(&SpectrumMetrics::energy_rank_90) ? 1 : 0;

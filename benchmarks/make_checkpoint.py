@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint with LLaMA-2-7B's names and shapes, bf16, sharded, for timing the `lowrank` program. Needs numpy only.
+"""A checkpoint with LLaMA-2-7B's names and shapes (or a 1B model's), bf16, sharded, for timing the `lowrank` program. Needs numpy only.
 
     make_checkpoint.py DIR                 # 13.5 GB, 3 shards
+    make_checkpoint.py DIR --shape 1b      # 2.2 GB: width 2048, 16 layers, 4 query heads a key-value head
     make_checkpoint.py DIR --scale 8       # every width an eighth, 4 layers
     make_checkpoint.py DIR --tuned OTHER   # OTHER: the same model after a pretended fine-tune of rank 8 on every matrix
 
@@ -18,9 +19,14 @@ import struct
 import numpy as np
 
 
-def tensors(scale):
-    hidden, inner, vocab = 4096 // scale, 11008 // scale, 32000 // scale
-    layers = 32 if scale == 1 else 4
+# hidden, inner, vocabulary, layers, query heads, key-value heads
+SHAPES = {"7b": (4096, 11008, 32000, 32, 32, 32), "1b": (2048, 8192, 32000, 16, 32, 8)}
+
+
+def tensors(scale, shape="7b"):
+    hidden, inner, vocab = (x // scale for x in SHAPES[shape][:3])
+    layers = SHAPES[shape][3] if scale == 1 else 4
+    kv = hidden * SHAPES[shape][5] // SHAPES[shape][4]
     yield "model.embed_tokens.weight", (vocab, hidden)
     for i in range(layers):
         p = f"model.layers.{i}."
@@ -30,7 +36,7 @@ def tensors(scale):
         yield p + "mlp.up_proj.weight", (inner, hidden)
         yield p + "post_attention_layernorm.weight", (hidden,)
         for q in "kqvo":
-            yield p + f"self_attn.{q}_proj.weight", (hidden, hidden)
+            yield p + f"self_attn.{q}_proj.weight", (kv if q in "kv" else hidden, hidden)
     yield "model.norm.weight", (hidden,)
     yield "lm_head.weight", (vocab, hidden)
 
@@ -94,6 +100,7 @@ def write_shard(path, group, weights, tuned):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="7b")
     parser.add_argument("--scale", type=int, default=1, help="divide every width by this (1, 2, 4, ... 32)")
     parser.add_argument("--shard-bytes", type=float, default=5e9)
     parser.add_argument("--seed", type=int, default=0)
@@ -103,7 +110,7 @@ def main():
     for d in directories:
         os.makedirs(d, exist_ok=True)
     groups, size = [[]], 0
-    for name, shape in tensors(o.scale):
+    for name, shape in tensors(o.scale, o.shape):
         n = 2 * int(np.prod(shape))
         if size + n > o.shard_bytes and groups[-1]:
             groups.append([])
@@ -119,12 +126,12 @@ def main():
             where[tensor] = name
             total += 2 * int(np.prod(shape))
         print(name, len(group), "tensors", flush=True)
-    hidden = 4096 // o.scale
-    heads = max(1, 32 // o.scale)
+    hidden, inner, vocab, layers, heads, kv_heads = SHAPES[o.shape]
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 32000 // o.scale,
-        "hidden_size": hidden, "intermediate_size": 11008 // o.scale, "num_hidden_layers": 32 if o.scale == 1 else 4,
-        "num_attention_heads": heads, "num_key_value_heads": heads, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": vocab // o.scale,
+        "hidden_size": hidden // o.scale, "intermediate_size": inner // o.scale,
+        "num_hidden_layers": layers if o.scale == 1 else 4, "num_attention_heads": max(1, heads // o.scale),
+        "num_key_value_heads": max(1, kv_heads // o.scale), "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
     }
     for d in directories:

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // What training did to the weights: ΔW of adapters from their factors, of fully trained weights from the difference.
+#include <cstdio>
+
 #include "lowrank/adapter/undo.hpp"
 #include "lowrank/linalg/factor_svd.hpp"
 #include "lowrank/linalg/singular_values.hpp"
+#include "lowrank/spectrum/tracker.hpp"
 #include "methods.hpp"
 
 namespace llama {
@@ -17,6 +20,36 @@ std::map<std::string, lowrank::LoraFactors<float>> Adaptation::factors(Model<flo
     }
   });
   return all;
+}
+
+void Adaptation::watch(lowrank::Tracker<float>& tracker, Model<float>& model) const {
+  model.for_each_projection([&](const std::string& module, Projection<float>& projection) {
+    const std::string name = method_ + "/" + module;
+    std::visit(
+        [&](const auto& layer) {
+          if constexpr (requires { layer.factors(); }) {
+            if (const auto start = start_.find(module); start != start_.end())
+              tracker.watch(name, layer.A(), layer.B(), layer.scale(), start->second);
+            else
+              tracker.watch(name, layer.A(), layer.B(), layer.scale());
+          } else if constexpr (requires { layer.weight(); }) {
+            tracker.watch(name, layer.weight());
+          }
+        },
+        projection.layer());
+  });
+}
+
+TrainResult train_tracked(const Adaptation& adaptation, Model<float>& model, const std::vector<Token>& tokens,
+                          TrainOptions options, const std::string& file) {
+  lowrank::Tracker<float> tracker(file);
+  adaptation.watch(tracker, model);
+  options.after_step = [&] { tracker.step(); };
+  TrainResult result = train(model, tokens, options);
+  std::fprintf(stderr, "%s: %td records of its updates took %.2f %% of the training's time\n",
+               adaptation.method().c_str(), tracker.records(), 100 * tracker.seconds_spent() / result.seconds);
+  tracker.record();  // how it ended, whatever the budget says
+  return result;
 }
 
 std::vector<Adaptation::Change> Adaptation::changes(Model<float>& model) const {

@@ -18,7 +18,7 @@ using namespace llama;
 
 struct Options {
   std::vector<std::string> source, target, methods{"full", "lora", "pissa"}, rates, train_fully;
-  std::string targets = "all-linear", output, base, save;
+  std::string targets = "all-linear", output, base, save, track;
   int token_bits = 16;
   std::vector<double> sweep;
   Index rank = 16, steps = 400, base_steps = 2000, batch = 8, window = 128, sample = 0, eval_windows = 256;
@@ -84,6 +84,9 @@ void add_options(CLI::App& app, Options& o) {
 
   group = "Output";
   app.add_option("--output", o.output, "Folder for results.csv, ranks.csv and losses.csv")->group(group);
+  app.add_option("--track", o.track,
+                 "File (.csv or .jsonl) that the ranks of every update are appended to while it is trained")
+      ->group(group);
   app.add_option("--save", o.save,
                  "Folder for the base and what was made of it: base/, METHOD/ (PEFT adapters; a checkpoint for full)")
       ->group(group);
@@ -250,7 +253,9 @@ void run(Options& o) {
     r.trainable = model.parameters().size();
     r.first_loss = evaluate(model, target.test, o.window, o.eval_windows);
     std::fprintf(stderr, "%s: %s, %td parameters\n", method.c_str(), adaptation.summary().c_str(), r.trainable);
-    r.training = train(model, target.train, train_options(o, method, r.learning_rate));
+    const TrainOptions training = train_options(o, method, r.learning_rate);
+    r.training = o.track.empty() ? train(model, target.train, training)
+                                 : train_tracked(adaptation, model, target.train, training, o.track);
     r.target_loss = evaluate(model, target.test, o.window, o.eval_windows);
     r.source_loss = source_loss(model);
     r.changes = adaptation.changes(model);

@@ -8,6 +8,12 @@
 #include <vector>
 
 #include "model.hpp"
+#include "trainer.hpp"
+
+namespace lowrank {
+template <Real T>
+class Tracker;  // lowrank/spectrum/tracker.hpp, which only changes.cpp compiles
+}
 
 namespace llama {
 
@@ -57,6 +63,9 @@ class Adaptation {
   /// start, of twice the rank, so that the adapter of a residual base (PiSSA) becomes one of the base's own weight.
   [[nodiscard]] std::map<std::string, lowrank::LoraFactors<float>> factors(Model<float>& model) const;
 
+  /// Lets the tracker follow ΔW of every projection that is trained, as "METHOD/module". The model must outlive it.
+  void watch(lowrank::Tracker<float>& tracker, Model<float>& model) const;
+
   [[nodiscard]] const MethodOptions& options() const { return options_; }
   /// Whether the method stores its base in few bits: its adapter belongs to that base and no other.
   [[nodiscard]] bool quantises() const { return bits_ > 0; }
@@ -77,6 +86,11 @@ class Adaptation {
   std::set<std::string> targets_;
   std::map<std::string, lowrank::LoraFactors<float>> start_;  // where they did not start at zero
 };
+
+/// train(), while a Tracker follows the updates into `file` at its default of 2 % of the time, and once more at the
+/// end; what it took is said on stderr.
+TrainResult train_tracked(const Adaptation& adaptation, Model<float>& model, const std::vector<Token>& tokens,
+                          TrainOptions options, const std::string& file);
 
 /// A number that depends on the module's name alone: its stream of random numbers, whatever order modules come in.
 std::uint64_t stream_of(const std::string& module);

@@ -102,6 +102,7 @@ TrainResult train(Model<float>& model, const std::vector<Token>& tokens, const T
     adam.step(p.values(), p.gradients(), rate(step));
     times.push_back(now() - begin);
     result.losses.push_back(loss);
+    if (o.after_step) o.after_step();
     progress.update(step + 1, loss);
   }
   result.seconds = now() - start;

@@ -2,6 +2,7 @@
 // The training loop: batches in, AdamW on the model's one flat block, loss and speed out; Ctrl-C ends it between steps.
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -50,6 +51,7 @@ struct TrainOptions {
   double clip = 1;
   double lora_plus = 1;  ///< lr_B / lr_A
   std::uint64_t seed = 0;
+  std::function<void()> after_step = {};  ///< called after every step, when there is one
 };
 
 struct TrainResult {

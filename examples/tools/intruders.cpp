@@ -70,7 +70,8 @@ void run(const Options& o) {
     }
   } else {
     tuned.emplace(o.tuned);
-    tuned_list = matrices_of(*tuned, skipped);
+    std::vector<Skipped> same_again;  // what both hold is skipped once
+    tuned_list = matrices_of(*tuned, same_again);
     for (const auto& t : tuned_list) {
       if (!selected(t.name, o.filter)) continue;
       const MatrixTensor* b = find_matrix(list, t.name);

@@ -45,17 +45,18 @@ constexpr const char* style = R"css(
 :root { color-scheme: light dark; --back: #fff; --ink: #1a1a1a; --soft: #666; --line: #ddd; --card: #f6f7f9; --accent: #0060a8; }
 @media (prefers-color-scheme: dark) { :root { --back: #14161a; --ink: #e8e8e8; --soft: #a0a4aa; --line: #343840; --card: #1d2026; --accent: #6db7f2; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 62rem; background: var(--back); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--back); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: .2rem 0; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-p, li { overflow-wrap: anywhere; } .soft { color: var(--soft); }
+p, li { overflow-wrap: anywhere; max-width: 58rem; } .soft { color: var(--soft); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
 .tile { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; } .tile b { display: block; font-size: 1.3rem; }
-figure { margin: 1rem 0; color: var(--ink); overflow-x: auto; } figure svg { display: block; width: 100%; min-width: 30rem; height: auto; }
+figure { margin: 1rem 0; max-width: 58rem; color: var(--ink); overflow-x: auto; } figure svg { display: block; width: 100%; min-width: 30rem; height: auto; }
 figcaption { color: var(--soft); font-size: .9rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .55rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th, td { padding: .25rem .45rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th button { all: unset; cursor: pointer; color: var(--accent); }
 th button:focus-visible { outline: 2px solid var(--accent); } .warn { border-left: 4px solid #d55e00; padding-left: .7rem; }
+@media (max-width: 40rem) { th:first-child, td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9.5rem; } th, td { padding: .25rem .35rem; } }
 )css";
 
 constexpr const char* page_script = R"js(
@@ -186,6 +187,11 @@ std::string html_report(const std::vector<Json>& reports, const Pictures& pictur
     rows.push_back(&j);
     silent += j.contains("verdict") && j["verdict"] != "signal" ? 1 : 0;
   }
+  // By layer as a number: layer 10 after layer 9, whatever the alphabet says.
+  std::stable_sort(rows.begin(), rows.end(), [](const Json* a, const Json* b) {
+    const LayerName x = layer_name((*a)["name"].get<std::string>()), y = layer_name((*b)["name"].get<std::string>());
+    return x.layer != y.layer ? x.layer < y.layer : x.module < y.module;
+  });
   std::vector<const Json*> worst;
   for (const Json* j : rows)
     if (std::isfinite(heat_value(r, *j))) worst.push_back(j);
@@ -229,9 +235,9 @@ std::string html_report(const std::vector<Json>& reports, const Pictures& pictur
   if (!pictures.problem.empty()) h += "<p class=\"warn\">" + escaped(pictures.problem) + ".</p>\n";
   for (const Picture& p : pictures.list)
     h += "<figure>" + p.inline_svg + "<figcaption>" + escaped(p.caption) + "</figcaption></figure>\n";
+  const char* order = r.value("command", "") == "intruders" ? "Most" : high_is_bad ? "Highest" : "Lowest";
   if (worst.size() > 1)
-    h += std::string("<h2>") + (high_is_bad ? "Highest" : "Lowest") + " " + escaped(heat_caption(r)) + "</h2>\n" +
-         table_of(worst, columns, false);
+    h += "<h2>" + std::string(order) + " " + escaped(heat_caption(r)) + "</h2>\n" + table_of(worst, columns, false);
   h += "<h2>All matrices</h2>\n" + table_of(rows, columns, true);
   h += "<h2>How this was computed</h2>\n<p>" + methods_of(r) + "</p>\n<p class=\"soft\">lowrank " +
        std::string(version) + "</p>\n<script>" + page_script + "</script></body></html>\n";

@@ -115,7 +115,7 @@ std::string inline_svg(const std::string& file, const std::string& name, const s
   const std::string black = " color=\"black\"";
   for (std::size_t at = 0; (at = svg.find(black, at)) != std::string::npos;) svg.erase(at, black.size());
   // gnuplot's own script for mouse tracking is not asked for; ids are prefixed in definitions and references alike.
-  for (const char* mark : {"id=\"", "href=\"#", "href='#", "url(#"}) {
+  for (const char* mark : {"id=\"", "id='", "href=\"#", "href='#", "url(#"}) {
     const std::string m = mark;
     for (std::size_t at = 0; (at = svg.find(m, at)) != std::string::npos; at += m.size() + name.size() + 1)
       svg.insert(at + m.size(), name + "-");
@@ -181,30 +181,44 @@ void add_spectra(const Json& report, const fs::path& dir, std::vector<Plot>& plo
   }
   std::string plot, edges;
   int n = 0;
+  bool any_noise = false, any_rounding = false;
   for (const Json* j : list) {
     const std::string file = "curve" + std::to_string(n) + ".dat";
     std::ofstream out(dir / file);
     bool any = false;
-    for (const Json& p : (*j)["curve"])
-      if (p[1].get<double>() > 0) {
-        out << p[0].get<double>() << ' ' << number_text(p[1].get<double>()) << '\n';
-        any = true;
-      }
+    double largest = 0;
+    for (const Json& p : (*j)["curve"]) {
+      // What is below float's precision of the largest value is rounding, and would stretch the axis by decades.
+      const double value = p[1].get<double>();
+      largest = std::max(largest, value);
+      if (!(value > largest * 1e-7)) continue;
+      out << p[0].get<double>() << ' ' << number_text(value) << '\n';
+      any = true;
+    }
     if (!any) continue;
-    const std::string colour = colours[n % 8];
-    plot += (plot.empty() ? "plot " : ", ") + gp(file) + " using 1:2 with lines lw 2 lc rgb '" + colour + "' title " +
+    const std::string line = " lw 2 lc rgb '" + std::string(colours[n % 8]) + "'";
+    plot += (plot.empty() ? "plot " : ", ") + gp(file) + " using 1:2 with lines" + line + " title " +
             gp((*j)["name"].get<std::string>());
-    const double edge = edge_of(*j);
-    if (edge > 0) edges += ", " + number_text(edge) + " with lines dt 2 lw 1 lc rgb '" + colour + "' notitle";
+    const double noise = number_at(*j, "noise_level", "edge"), rounding = number_at(*j, "rounding", "edge");
+    if (noise > 0) edges += ", " + number_text(noise) + " with lines dt 2" + line + " notitle";
+    if (rounding > 0) edges += ", " + number_text(rounding) + " with lines dt 3" + line + " notitle";
+    any_noise = any_noise || noise > 0;
+    any_rounding = any_rounding || rounding > 0;
     ++n;
   }
   if (plot.empty()) return;
+  if (any_noise) edges += ", NaN with lines dt 2 lw 2 lc rgb '#010203' title \"where the bulk of noise ends\"";
+  if (any_rounding) edges += ", NaN with lines dt 3 lw 2 lc rgb '#010203' title \"where 16-bit rounding ends\"";
   plots.push_back({"spectra",
-                   "Singular values of the matrices nearest to and farthest from noise; dashed: where noise ends",
-                   "set logscale xy\nset format y '10^{%L}'\nset xlabel 'index'\nset ylabel 'singular value'\nset key "
-                   "outside below\n" +
+                   std::string("Singular values of the matrices nearest to and farthest from noise") +
+                       (any_noise || any_rounding ? "; horizontal lines in the colour of a matrix: " : "") +
+                       (any_noise ? "dashed, where the noise estimated from its median value ends" : "") +
+                       (any_noise && any_rounding ? "; " : "") +
+                       (any_rounding ? "dotted, where the rounding of its storage ends" : ""),
+                   "set logscale xy\nset format y '10^{%L}'\nset xlabel 'index' offset 0,0.4\nset ylabel 'singular "
+                   "value'\nset key outside below maxcols 2 samplen 3\n" +
                        plot + edges + "\n",
-                   860, 520});
+                   860, 560});
 }
 
 /// Medians over several reports, in the order given.
@@ -221,15 +235,18 @@ void add_growth(const std::vector<Json>& reports, const fs::path& dir, std::vect
     std::sort(values.begin(), values.end());
     const auto at = [&](double q) { return number_text(values[std::size_t(q * double(values.size() - 1))]); };
     out << n << ' ' << at(.5) << ' ' << at(.1) << ' ' << at(.9) << '\n';
-    tics += (tics.empty() ? "" : ", ") + gp(report_label(r)) + " " + std::to_string(n++);
+    std::string label = report_label(r);
+    if (label.ends_with(".safetensors")) label.resize(label.size() - std::string_view(".safetensors").size());
+    tics += (tics.empty() ? "" : ", ") + gp(label) + " " + std::to_string(n++);
   }
   if (n < 2) return;
   plots.push_back(
       {"growth", heat_caption(reports[0]) + " over the reports: median, and the band from 10 % to 90 % of the matrices",
        "set xtics rotate by -25 (" + tics + ")\nset ylabel " + gp(heat_caption(reports[0])) +
-           "\nset key off\nset style fill transparent solid 0.25\nplot 'growth.dat' using 1:3:4 with filledcurves lc "
+           "\nset key off\nset offsets graph 0.04, graph 0.04\nset style fill transparent solid 0.25\nplot "
+           "'growth.dat' using 1:3:4 with filledcurves lc "
            "rgb '#0072b2', '' using "
-           "1:2 with linespoints pt 7 lw 2 lc rgb '#0072b2'\n",
+           "1:2 with linespoints pt 7 ps 0.7 lw 2 lc rgb '#0072b2'\n",
        860, 420});
 }
 

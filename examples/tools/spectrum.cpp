@@ -107,19 +107,14 @@ void analyse(Json& j, MatrixView<const S> W, const Options& o) {
     } else {
       const auto t = truncated_svd<T>(op, o.top, {.energy_tolerance = 0, .residual_tolerance = 1e-4});
       values.assign(t.S.begin(), t.S.end());
-      // A value lies within its residual of a true one; float sums add a few units in the last place.
-      double error = double(std::numeric_limits<T>::epsilon()) * 16 * values[0];
-      for (const double r : t.residuals) error = std::max(error, r);
       auto known = spectrum_metrics(values, m, n);
       known.frobenius_norm = std::sqrt(t.total_energy);
       known.stable_rank = t.total_energy / (values[0] * values[0]);
-      add_metrics(
-          j, known,
-          spectrum_bounds(values, m, n, {.error = error, .frobenius = known.frobenius_norm, .frobenius_error = 1e-7}),
-          m, n, false);
+      add_metrics(j, known, spectrum_bounds(t), m, n, false);
       j["method"] = "truncated";
       j["converged"] = t.converged;
-      j["error"] = error;
+      j["error"] = std::max(double(std::numeric_limits<T>::epsilon()) * 16 * values[0],
+                            *std::max_element(t.residuals.begin(), t.residuals.end()));
       j["captured_energy"] = t.total_energy > 0 ? t.captured_energy / t.total_energy : 0;
       if (!o.values) values.clear();
       if (o.values) j["singular_values"] = values_json(values);
@@ -179,6 +174,8 @@ Json difference_entry(const MatrixTensor& tuned, const MatrixTensor& base, const
   Json j = entry(tuned.name, tuned.rows, tuned.cols, "difference");
   j["dtype"] = tuned.stored_as();
   if (tuned.packed != nullptr || base.packed != nullptr) j["dequantised"] = true;
+  if ((tuned.packed != nullptr) != (base.packed != nullptr))
+    j["note"] = "one side is stored in 4 bits: the difference holds the error of that storage";
   Matrix<T> W = values_of<T>(tuned);
   const Matrix<T> W0 = values_of<T>(base);
   Json sides = Json::object();
@@ -210,11 +207,7 @@ Json adapter_entry(const io::AdapterModule& module, const MatrixTensor* weight, 
   const Index m = f.out_features(), n = f.in_features();
   Json j = entry(module.name, m, n, "adapter");
   const auto sv = singular_values(f);
-  const double eps = std::numeric_limits<float>::epsilon();
-  // B·A is zero outside its range: the r values are a complete spectrum, and the tolerance is still that of m×n.
-  const Index k = Index(sv.values.size());
-  add_metrics(j, spectrum_metrics(sv.values, m, n),
-              spectrum_bounds(sv, k, k, eps * double(std::max(m, n)) / double(std::max<Index>(1, k))), m, n, true);
+  add_metrics(j, spectrum_metrics(sv.values, m, n), spectrum_bounds(sv, m, n), m, n, true);
   j["rank"] = f.rank();
   j["scale"] = f.scale;
   j["method"] = method_name(sv.method);

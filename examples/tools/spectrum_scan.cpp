@@ -9,9 +9,11 @@
 #include <algorithm>
 #include <charconv>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <optional>
 
 #include "lowrank/core/threads.hpp"
 #include "lowrank/io/file.hpp"
@@ -189,15 +191,21 @@ ScanResult run_scan(const ScanOptions& o, const std::string& what, const std::st
   const auto owner = balance_jobs(costs, ranks);
   ScanResult r;
   r.journal = journal_path(o, rank, ranks);
-  Journal journal(r.journal, fingerprint, o.fresh);
   r.leader = rank == 0;
   r.matrices.assign(jobs.size(), Json());
   std::vector<std::string> errors(jobs.size());
+  std::string fatal;  // thrown only after the ranks have met: nobody may wait for one that has left
+  std::optional<Journal> journal;
+  try {
+    journal.emplace(r.journal, fingerprint, o.fresh);
+  } catch (const Error& e) {
+    fatal = e.what();
+  }
   std::vector<std::size_t> todo;
   std::uint64_t bytes = 0;
   for (std::size_t i = 0; i < jobs.size(); ++i) {
-    if (owner[i] != rank) continue;
-    if (const Json* known = journal.find(jobs[i].name)) {
+    if (owner[i] != rank || !journal) continue;
+    if (const Json* known = journal->find(jobs[i].name)) {
       r.matrices[i] = *known;
       ++r.resumed;
       continue;
@@ -210,7 +218,6 @@ ScanResult run_scan(const ScanOptions& o, const std::string& what, const std::st
   Common common = o.common;
   common.quiet = common.quiet || rank != 0;
   Progress progress(common, what, bytes);
-  std::string fatal;
   const auto work = [&](std::size_t i) {
     Json result;
     std::string error;
@@ -227,7 +234,7 @@ ScanResult run_scan(const ScanOptions& o, const std::string& what, const std::st
     {
       errors[i] = error;
       try {
-        if (error.empty()) journal.add(jobs[i].name, result);
+        if (error.empty()) journal->add(jobs[i].name, result);
       } catch (const std::exception& e) {
         fatal = e.what();
       }
@@ -245,17 +252,21 @@ ScanResult run_scan(const ScanOptions& o, const std::string& what, const std::st
   } else {
     for (const std::size_t i : todo) work(i);
   }
-  if (!fatal.empty()) throw Error(fatal);
 #if defined(LOWRANK_TOOL_MPI)
   Json mine = Json::array();
   for (std::size_t i = 0; i < jobs.size(); ++i)
     if (owner[i] == rank) mine.push_back({i, errors[i], r.matrices[i]});
-  for (const std::string& text : world.gather(mine.dump(-1, ' ', false, Json::error_handler_t::replace)))
-    for (const Json& entry : Json::parse(text)) {
+  const Json share{{"fatal", fatal}, {"entries", std::move(mine)}};
+  for (const std::string& text : world.gather(share.dump(-1, ' ', false, Json::error_handler_t::replace))) {
+    const Json theirs = Json::parse(text);
+    if (fatal.empty()) fatal = theirs["fatal"].get<std::string>();
+    for (const Json& entry : theirs["entries"]) {
       errors[entry[0].get<std::size_t>()] = entry[1].get<std::string>();
       r.matrices[entry[0].get<std::size_t>()] = entry[2];
     }
+  }
 #endif
+  if (!fatal.empty()) throw Error(fatal);
   if (!r.leader) {  // the leader has everything; what a follower holds is its own share, with holes
     r.matrices.clear();
     return r;
@@ -343,8 +354,15 @@ std::pair<Index, Index> packed_shape(const io::Checkpoint& c, const std::string&
 
 std::vector<MatrixTensor> matrices_of(const io::Checkpoint& checkpoint, std::vector<Skipped>& skipped) {
   std::vector<MatrixTensor> list;
+  const auto belongs_to_packed = [&](const std::string& name) {
+    for (const char* part : {".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"})
+      if (name.ends_with(part))
+        return !io::bitsandbytes_type(checkpoint, name.substr(0, name.size() - std::strlen(part))).empty();
+    return name.find(io::detail::bnb_state) != std::string::npos;
+  };
   checkpoint.for_each([&](const io::TensorView& t) {
     const auto& s = t.shape();
+    if (belongs_to_packed(t.name())) return;
     if (const std::string type = io::bitsandbytes_type(checkpoint, t.name()); !type.empty()) {
       const auto [m, n] = packed_shape(checkpoint, t.name(), type);
       list.push_back({t.name(), t, m, n, 0, type, &checkpoint});

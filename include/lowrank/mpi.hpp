@@ -14,7 +14,9 @@ namespace lowrank {
 
 /// MPI for the life of this object: initialises it unless somebody has, and finalises what it initialised.
 ///
-/// **Throws** Error when MPI cannot start. Not copyable; one at a time.
+/// The world that initialised MPI must be the last to go; others may come and go while it lives. Not copyable.
+/// **Throws** Error when MPI cannot start. An MPI call that fails later ends the program, as MPI's default handler
+/// does.
 class MpiWorld {
  public:
   MpiWorld() {
@@ -39,7 +41,8 @@ class MpiWorld {
   [[nodiscard]] int size() const noexcept { return size_; }
 
   /// Everybody's text on rank 0, in the order of ranks; nothing elsewhere. Collective: every rank must call it.
-  /// **Throws** ArgumentError on every rank when a text exceeds MPI's count of 2³¹ − 1 bytes.
+  /// **Cost** one reduction, and the bytes once over the network. **Throws** ArgumentError on every rank when a text
+  /// exceeds MPI's count of 2³¹ − 1 bytes.
   [[nodiscard]] std::vector<std::string> gather(const std::string& mine) const {
     unsigned long long length = mine.size(), longest = 0;
     MPI_Allreduce(&length, &longest, 1, MPI_UNSIGNED_LONG_LONG, MPI_MAX, MPI_COMM_WORLD);

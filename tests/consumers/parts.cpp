@@ -7,6 +7,9 @@
 #ifdef WITH_XTENSOR
 #include "lowrank/xtensor.hpp"
 #endif
+#ifdef WITH_MPI
+#include "lowrank/mpi.hpp"
+#endif
 
 int main() {
   Eigen::MatrixXf m = Eigen::MatrixXf::Ones(3, 4);
@@ -14,6 +17,10 @@ int main() {
 #ifdef WITH_XTENSOR
   xt::xtensor<float, 3> x = xt::xtensor<float, 3>::from_shape({2, 3, 4});
   ok = ok && lowrank::view_of(x).rows() == 6;
+#endif
+#ifdef WITH_MPI
+  const lowrank::MpiWorld world;  // a world of one, without mpirun
+  ok = ok && world.gather("text").size() == (world.rank() == 0 ? 1U : 0U);
 #endif
   return ok ? 0 : 1;
 }

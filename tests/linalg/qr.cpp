@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "lowrank/core/rng.hpp"
 #include "support/decomposition_checks.hpp"
@@ -87,4 +88,24 @@ TEST_CASE("thin_qr_in_place refuses shapes that do not fit") {
   Matrix<float> wide(3, 5), tall(5, 3), R(2, 2);
   CHECK_THROWS_AS(thin_qr_in_place(wide.view(), R.view()), ShapeError);
   CHECK_THROWS_WITH_AS(thin_qr_in_place(tall.view(), R.view()), "thin_qr_in_place: R must be 3x3, got 2x2", ShapeError);
+}
+
+TEST_CASE_TEMPLATE("the norm of a vector survives every scale, and no NaN goes unseen", T, float, double) {
+  using limits = std::numeric_limits<T>;
+  const auto norm = [](std::vector<T> x) { return detail::norm2(Index(x.size()), x.data()); };
+  CHECK(norm({}) == 0);
+  CHECK(norm(std::vector<T>(40, T(0))) == 0);
+  for (const T unit : {T(1), std::ldexp(T(1), limits::max_exponent - 4), std::ldexp(T(1), limits::min_exponent + 3)})
+    CHECK(norm({3 * unit, 0, -4 * unit}) / (5 * double(unit)) == doctest::Approx(1).epsilon(4e-16));
+  CHECK(norm({limits::denorm_min(), 0}) == double(limits::denorm_min()));
+  CHECK(norm({1, limits::infinity()}) == limits::infinity());
+  // Wherever it stands, in the vectorised part or the rest, and whatever stands beside it.
+  for (const T other : {T(0), T(1), limits::max(), limits::infinity(), limits::denorm_min()})
+    for (const std::size_t at : {std::size_t(0), std::size_t(17), std::size_t(38)}) {
+      std::vector<T> x(39, other);
+      x[at] = limits::quiet_NaN();
+      CAPTURE(other);
+      CAPTURE(at);
+      CHECK(std::isnan(norm(x)));
+    }
 }

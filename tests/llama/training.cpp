@@ -3,9 +3,13 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
+#include <fstream>
+#include <nlohmann/json.hpp>
 
 #include "corpus.hpp"
+#include "lowrank/spectrum/tracker.hpp"
 #include "methods.hpp"
+#include "support/temp_dir.hpp"
 #include "tiny.hpp"
 #include "trainer.hpp"
 
@@ -158,6 +162,44 @@ TEST_CASE("what training did, as factors and as spectrum, is the difference of t
         worst = std::max(worst, std::abs(double(a.data()[i]) - double(b.data()[i]) - double(delta.data()[i])));
       CHECK(worst < 1e-5);
     }
+  }
+}
+
+TEST_CASE("a tracker in the loop ends at the changes found afterwards") {
+  const auto base = tiny::weights<float>(small);
+  for (const std::string method : {"full", "lora", "pissa", "loftq4"}) {
+    CAPTURE(method);
+    Adaptation adaptation(small, base, method, {.rank = 4, .alpha = 8});
+    Model<float> model(small, base, adaptation.recipe());
+    const lowrank::test::TempDir folder;
+    {
+      lowrank::Tracker<float> tracker(folder / "run.jsonl", {.every = 10, .rank = 32});
+      adaptation.watch(tracker, model);
+      TrainOptions o = quick(1e-2, 20);
+      o.after_step = [&] { tracker.step(); };
+      train(model, sentences(1), o);
+      CHECK(tracker.steps() == 20);
+      CHECK(tracker.records() == 2);
+    }
+    std::map<std::string, std::pair<double, double>> last;  // module: norm, largest value
+    std::ifstream in(folder / "run.jsonl");
+    std::size_t lines = 0;
+    for (std::string line; std::getline(in, line); ++lines) {
+      const auto j = nlohmann::json::parse(line);
+      last[j["module"]] = {j["frobenius_norm"], j["spectral_norm"]};
+    }
+    std::size_t matched = 0;
+    for (const auto& c : adaptation.changes(model)) {
+      const auto at = last.find(method + "/" + c.module);
+      if (at == last.end()) continue;  // norms and embeddings are no projections
+      ++matched;
+      CAPTURE(c.module);
+      CHECK(at->second.first == doctest::Approx(lowrank::frobenius_norm(c.sigma)).epsilon(1e-3));
+      CHECK(at->second.second == doctest::Approx(c.sigma[0]).epsilon(1e-3));
+    }
+    CHECK(matched == last.size());
+    CHECK(matched >= 14);
+    CHECK(lines == 2 * last.size());
   }
 }
 

@@ -3,11 +3,14 @@
 
     scans.py LOWRANK [LOWRANK_MPI]
 """
+import html as html_lib
 import json
 import math
 import os
 import random
+import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -43,7 +46,8 @@ def save(path, tensors):
     header, data = {}, b""
     for name, (dtype, shape, values) in tensors.items():
         code = {"F32": lambda v: struct.pack(f"<{len(v)}f", *v), "F64": lambda v: struct.pack(f"<{len(v)}d", *v),
-                "BF16": lambda v: struct.pack(f"<{len(v)}H", *map(bf16, v)), "I64": lambda v: struct.pack(f"<{len(v)}q", *v)}
+                "BF16": lambda v: struct.pack(f"<{len(v)}H", *map(bf16, v)), "I64": lambda v: struct.pack(f"<{len(v)}q", *v),
+                "U8": bytes}
         raw = code[dtype](values)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
@@ -104,6 +108,46 @@ def rounded(values):
     return [struct.unpack("<f", struct.pack("<f", v))[0] for v in values]
 
 
+NF4 = [-1, -.6961928009986877, -.5250730514526367, -.39491748809814453, -.28444138169288635, -.18477343022823334,
+       -.09105003625154495, 0, .07958029955625534, .16093020141124725, .24611230194568634, .33791524171829224,
+       .44070982933044434, .5626170039176941, .7229568362236023, 1]
+
+
+def pack_nf4(name, m, n, values, nested):
+    """The tensors bitsandbytes keeps a weight in, and the values they stand for."""
+    blocks = [values[i:i + 64] for i in range(0, len(values), 64)]
+    absmax = rounded([max(map(abs, b)) for b in blocks])
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [m, n]}
+    tensors = {}
+    if nested:  # the scales in 8 bits too, on an even grid here: a reader must take the map from the file
+        offset = sum(absmax) / len(absmax)
+        grid = rounded([-1 + 2 * i / 255 for i in range(256)])
+        top = rounded([max(abs(x - offset) for x in absmax)])
+        codes = [min(range(256), key=lambda c: abs(grid[c] * top[0] + offset - x)) for x in absmax]
+        state.update(nested_blocksize=256, nested_dtype="float32", nested_offset=offset)
+        tensors[name + ".absmax"] = ("U8", [len(codes)], codes)
+        tensors[name + ".nested_absmax"] = ("F32", [1], top)
+        tensors[name + ".nested_quant_map"] = ("F32", [256], grid)
+        scales = [grid[c] * top[0] + offset for c in codes]
+    else:
+        scales = absmax
+        tensors[name + ".absmax"] = ("F32", [len(absmax)], absmax)
+    codes = [min(range(16), key=lambda c: abs(NF4[c] - x / s)) for b, s in zip(blocks, scales) for x in b]
+    stands_for = [NF4[c] * scales[i // 64] for i, c in enumerate(codes)]
+    codes += [0] * (len(codes) % 2)
+    packed = [16 * a + b for a, b in zip(codes[::2], codes[1::2])]  # the first of two in the high half
+    tensors[name] = ("U8", [len(packed), 1], packed)
+    tensors[name + ".quant_map"] = ("F32", [16], NF4)
+    text = json.dumps(state).encode()
+    tensors[name + ".quant_state.bitsandbytes__nf4"] = ("U8", [len(text)], text)
+    return tensors, stands_for
+
+
+def die_at(size):
+    """For preexec_fn: the kernel kills the process with the write that takes a file beyond so many bytes."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
 work = tempfile.mkdtemp(prefix="lowrank-report-")
 at = lambda name: os.path.join(work, name)
 try:
@@ -160,12 +204,19 @@ try:
     one = subprocess.Popen([tool, *key, "--json", other, "-j", "1"], stdout=subprocess.DEVNULL)
     one.kill()  # whenever that hits, the next run must give the same report
     one.wait()
-    if os.path.exists(other + ".journal"):
-        with open(other + ".journal", "a") as f:
-            f.write('{"job": "torn')
+    run(*key, "--json", other)
+    check(json.load(open(other))["matrices"] == whole["matrices"], "a killed and resumed scan gives the same matrices")
+    os.remove(other)
+    for size in (3000, 9000):  # killed inside a write, some matrices done, with the torn line that leaves
+        one = subprocess.run([tool, *key, "--json", other, "-j", "1", "-q"], preexec_fn=die_at(size), stdout=subprocess.DEVNULL)
+        check(one.returncode == -signal.SIGXFSZ, f"the scan was killed at {size} bytes: {one.returncode}")
+        torn = open(other + ".journal").read()
+        check(len(torn) == size and not torn.endswith("\n") and not os.path.exists(other), f"and left a torn journal at {size}")
     run(*key, "--json", other)
     again = json.load(open(other))
-    check(again["matrices"] == whole["matrices"], "a killed and resumed scan gives the same matrices")
+    check(again["matrices"] == whole["matrices"], "and so is one resumed from a torn journal")
+    check(again["resumed"] == torn.count("\n") - 1 >= 2, f"without repeating what was done: {again['resumed']}")
+    check(not os.path.exists(other + ".journal"), "the journal goes when the scan is complete")
 
     # --top gives bounds that hold the truth.
     run("spectrum", at("tuned.safetensors"), "--base", at("base.safetensors"), "--top", "3", "--json", at("top.json"))
@@ -217,6 +268,31 @@ try:
     run("spectrum", code=2)
     run("spectrum", at("base.safetensors"), "--base", "x", "--adapter", "y", code=2)
 
+    # Quantised tensors are dequantised, and the report says so.
+    packed, stands_for = {}, {}
+    for layer, (name, m, n) in enumerate([("q_proj", 15, 13), ("up_proj", 24, 20)]):  # 195 values: odd, a short last block
+        key_ = f"model.layers.{layer}.{name}.weight"
+        tensors, stands_for[key_] = pack_nf4(key_, m, n, rounded(noise(m, n, 0.1)), nested=layer == 1)
+        packed.update(tensors)
+    packed["norm.weight"] = ("F32", [20], noise(20, 1))
+    save(at("packed.safetensors"), packed)
+    r = run("spectrum", at("packed.safetensors"), "--json", at("packed.json"), "--values")
+    check("2 quantised weights are dequantised" in r.stderr, f"dequantising is said: {r.stderr}")
+    j = json.load(open(at("packed.json")))
+    check([x["name"] for x in j["matrices"]] == sorted(stands_for), "the packed weights and nothing else")
+    check(j["skipped_vectors"] == 1 and len(j["skipped"]) == 1, "parts of a packed weight are no skipped tensors")
+    for x in j["matrices"]:
+        s = jacobi_values(rounded(stands_for[x["name"]]), x["rows"], x["cols"])
+        check(x["dtype"] == "nf4" and x["dequantised"] is True, f"{x['name']}: nf4, dequantised")
+        check(max(abs(a - b) for a, b in zip(s, x["singular_values"])) <= 1e-6 * s[0], f"{x['name']}: values of the NF4 weight")
+    plain = {k: ("F32", [x["rows"], x["cols"]], rounded(stands_for[k])) for k, x in zip(sorted(stands_for), j["matrices"])}
+    save(at("dequantised.safetensors"), plain)
+    run("spectrum", at("packed.safetensors"), "--base", at("dequantised.safetensors"), "--json", at("same.json"))
+    for x in json.load(open(at("same.json")))["matrices"]:
+        check(x["metrics"]["spectral_norm"] < 1e-6 and "4 bits" in x["note"], "packed and dequantised are the same weight")
+    run("intruders", at("packed.safetensors"), at("dequantised.safetensors"), "--k", "3", "--json", at("pi.json"))
+    check(all(x["intruders"] == [] for x in json.load(open(at("pi.json")))["matrices"]), "no intruders in the same weight")
+
     # The page.
     page, growth = at("page.html"), at("growth.html")
     run("spectrum", at("tuned.safetensors"), "--base", at("base.safetensors"), "--json", out, "--html", page, "--svg", "--pictures", work)
@@ -243,16 +319,50 @@ try:
             console = [line for line in r.stderr.splitlines() if "CONSOLE" in line]
             check(not console, f"no console messages: {console}")
             check(r.returncode == 0 and "</table>" in r.stdout and "<title>lowrank" in r.stdout, f"the page renders: {r.stderr[-300:]}")
+        # At a phone's width only tables and pictures scroll, not the page; a click on a heading sorts, another turns it round.
+        probe = """<script>
+            const table = document.querySelector("table.sortable"), button = table.querySelectorAll("th button")[8];
+            const column = () => [...table.tBodies[0].rows].map(row => row.cells[8].dataset.v).join(" ");
+            button.click(); const down = column(); button.click();
+            document.title = JSON.stringify({down, up: column(), page: document.documentElement.scrollWidth, window: innerWidth,
+                dark: getComputedStyle(document.body).backgroundColor, broken: [...document.querySelectorAll("svg use")].filter(u =>
+                !document.getElementById((u.getAttribute("href") ?? u.getAttribute("xlink:href")).slice(1))).length});
+            </script></body>"""
+        with open(at("probe.html"), "w") as f:
+            f.write(open(growth).read().replace("</body>", probe))
+        colours = set()
+        for scheme in ("0", "1"):
+            r = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={at('profile')}",
+                                "--window-size=390,900", f"--blink-settings=preferredColorScheme={scheme}", "--virtual-time-budget=2000",
+                                "--dump-dom", "file://" + at("probe.html")], capture_output=True, text=True, timeout=120)
+            title = html_lib.unescape(r.stdout.partition("<title>")[2].partition("</title>")[0])
+            check(title.startswith("{"), f"the probe of the page ran: {title[:200]}")
+            seen = json.loads(title) if title.startswith("{") else {}
+            numbers = [float(x) for x in seen.get("down", "").split()]
+            check(len(numbers) == 9 and numbers == sorted(numbers, reverse=True) and numbers[0] > numbers[-1], f"sorted down: {numbers}")
+            check([float(x) for x in seen.get("up", "").split()] == sorted(numbers), "and up")
+            check(seen.get("page", 1) <= seen.get("window", 0), f"the page fits a phone: {seen.get('page')} in {seen.get('window')}")
+            check(seen.get("broken") == 0, "every mark in the pictures is there")
+            colours.add(seen.get("dark"))
+        check(len(colours) == 2, f"dark and light: {colours}")
 
     # MPI: the same report from two ranks.
     if mpi_tool and shutil.which("mpirun"):
-        environment = dict(os.environ, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+        # Leak checking (of a sanitized build) is off: MPI keeps what it allocated at start until the process ends.
+        environment = dict(os.environ, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
+                           ASAN_OPTIONS="detect_leaks=0")
         for ranks in ("1", "2"):
             r = subprocess.run(["mpirun", "-np", ranks, "--oversubscribe", mpi_tool, *key, "--json", at(f"mpi{ranks}.json"), "-q"],
                                capture_output=True, text=True, env=environment)
             check(r.returncode == 0, f"mpirun -np {ranks}: {r.stderr.strip()}")
         check(json.load(open(at("mpi1.json")))["matrices"] == json.load(open(at("mpi2.json")))["matrices"] == whole["matrices"],
               "two ranks give what one gives")
+        # What goes wrong on a rank ends the run everywhere, with a line that says what, and nobody waits for anybody.
+        for ranks, arguments, word in ((2, ["nan.safetensors", "--base", at("base.safetensors"), "--json", at("mpinan.json")], k0),
+                                       (2, ["tuned.safetensors", "--json", at("missing/x.json")], "journal")):
+            r = subprocess.run(["mpirun", "-np", str(ranks), "--oversubscribe", mpi_tool, "spectrum", at(arguments[0]), *arguments[1:],
+                                "-q"], capture_output=True, text=True, env=environment, timeout=60)
+            check(r.returncode == 1 and word in r.stderr, f"mpirun with bad input: {r.returncode}, {r.stderr.strip()[-300:]}")
 finally:
     shutil.rmtree(work, ignore_errors=True)
 print("all checks passed" if failures == 0 else f"{failures} checks failed")

@@ -6,27 +6,47 @@
 
 #include <cmath>
 #include <numbers>
+#include <tuple>
 #include <vector>
 
 #include "lowrank/core/matrix.hpp"
 #include "lowrank/core/rng.hpp"
 #include "lowrank/spectrum/rounding.hpp"
-#include "support/capture.hpp"
 #include "support/oracle.hpp"
 
 using namespace lowrank;
 
+// doctest's Approx allows epsilon·(scale + |x|) with a scale of 1; .scale(0) makes it a relative error, which small
+// numbers need.
+
 TEST_CASE("the rank of pure noise, to the digits published") {
-  CHECK(double(noise_metrics(4096, 4096).energy_rank_90) / 4096 == doctest::Approx(.510).epsilon(.001));
-  CHECK(double(noise_metrics(4096, 11008).energy_rank_90) / 4096 == doctest::Approx(.712).epsilon(.001));
-  CHECK(double(noise_metrics(4096, 32000).energy_rank_90) / 4096 == doctest::Approx(.814).epsilon(.001));
-  CHECK(MarchenkoPastur(1).energy_rank_share(.9) == doctest::Approx(.510).epsilon(.001));
-  CHECK(MarchenkoPastur::of_shape(4096, 11008).energy_rank_share(.9) == doctest::Approx(.712).epsilon(.001));
+  // Half a unit of the last digit given.
+  const std::tuple<Index, Index, double> published[] = {{4096, 4096, .510}, {4096, 11008, .712}, {4096, 32000, .814}};
+  for (const auto& [m, n, share] : published) {
+    CHECK(std::abs(double(noise_metrics(m, n).energy_rank_90) / double(m) - share) < 5e-4);
+    CHECK(noise_metrics(n, m).energy_rank_90 == noise_metrics(m, n).energy_rank_90);
+    CHECK(std::abs(MarchenkoPastur::of_shape(double(m), double(n)).energy_rank_share(.9) - share) < 5e-4);
+  }
+}
+
+TEST_CASE("the edges of the Marchenko-Pastur law") {
+  for (const auto& [m, n, std, edge] :
+       {std::tuple{4096, 4096, 1.0, 128.0}, {1024, 4096, 0.02, 1.92}, {9, 400, 3.0, 69.0}, {1, 1, 1.0, 2.0}}) {
+    CHECK(noise_edge(m, n, std) == doctest::Approx(edge).scale(0).epsilon(1e-15));
+    CHECK(noise_edge(n, m, std) == noise_edge(m, n, std));
+    // The law's own edge, in its unit of std·√max(m, n).
+    const double top = MarchenkoPastur::of_shape(m, n).upper_edge();
+    CHECK(std * std::sqrt(std::max(m, n) * top) == doctest::Approx(edge).scale(0).epsilon(1e-14));
+  }
+  CHECK(MarchenkoPastur(0.25).lower_edge() == 0.25);
+  CHECK(MarchenkoPastur(0.25).upper_edge() == 2.25);
+  CHECK(MarchenkoPastur(1).lower_edge() == 0);
+  CHECK(MarchenkoPastur(1).upper_edge() == 4);
 }
 
 TEST_CASE("Gavish and Donoho's coefficients") {
   CHECK(gavish_donoho_lambda(1) == doctest::Approx(4 / std::numbers::sqrt3).epsilon(1e-14));
-  CHECK(gavish_donoho_omega(1) == doctest::Approx(2.858).epsilon(2e-4));
+  CHECK(std::abs(gavish_donoho_omega(1) - 2.858) < 5e-4);
   // Table IV of arXiv 1305.5870, whose own quadrature is good to about 7e-4.
   const std::pair<double, double> table[] = {{.05, 1.5194}, {.1, 1.6089}, {.25, 1.8371}, {.5, 2.1711},
                                              {.75, 2.5011}, {.9, 2.7099}, {1, 2.8582}};
@@ -68,9 +88,10 @@ TEST_CASE("the closed-form law is the integral of its density") {
 }
 
 TEST_CASE("matrices of noise show what their null predicts") {
-  for (const auto& [m, n] : {std::pair<Index, Index>{40, 40}, {32, 96}, {150, 60}}) {
-    CAPTURE_BOUND(m);
-    CAPTURE_BOUND(n);
+  for (const auto& shape : {std::pair<Index, Index>{40, 40}, {32, 96}, {150, 60}}) {
+    const Index m = shape.first, n = shape.second;
+    CAPTURE(m);
+    CAPTURE(n);
     const double std = 0.3;
     const auto null = noise_metrics(m, n, std);
     const int draws = 24;
@@ -107,7 +128,7 @@ TEST_CASE("the noise level under a low-rank signal is found again") {
       for (std::uint64_t k = 0; k < 3; ++k)
         W(i, j) += 0.15 * CounterRng(8, k).normal(std::uint64_t(i)) * CounterRng(9, k).normal(std::uint64_t(j));
   const auto e = estimate_noise(lowrank_test::oracle_singular_values(W), m, n);
-  CHECK(e.std == doctest::Approx(0.05).epsilon(0.05));
+  CHECK(e.std == doctest::Approx(0.05).scale(0).epsilon(0.05));
   CHECK(e.optimal_rank == 3);
   CHECK(e.above_edge >= 3);
   CHECK(e.threshold > e.edge);
@@ -132,21 +153,26 @@ TEST_CASE("rounding to bf16 and f16 has the size predicted, and its spectrum sta
     const auto exact = rounding_noise<S>(MatrixView<const float>(W.view()), false);
     const auto rough = rounding_noise<S>(m, n, 0.02, false);
     // mn squares of uniform errors of varying size: their sum scatters by about 1/√(mn)
-    CHECK(exact.std == doctest::Approx(measured).epsilon(0.03));
-    CHECK(rough.std == doctest::Approx(measured).epsilon(0.03));
+    CHECK(exact.std == doctest::Approx(measured).scale(0).epsilon(0.03));
+    CHECK(rough.std == doctest::Approx(measured).scale(0).epsilon(0.03));
     CHECK(top <= exact.edge);
     CHECK(top > 0.8 * rough.edge);
     CHECK(rounding_noise<S>(MatrixView<const float>(W.view()), true).edge ==
-          doctest::Approx(exact.edge * std::sqrt(2.0)));
+          doctest::Approx(exact.edge * std::sqrt(2.0)).scale(0).epsilon(1e-12));
     // The transposed view is the same matrix.
-    CHECK(rounding_noise<S>(MatrixView<const float>(W.view()).transposed(), false).edge == doctest::Approx(exact.edge));
+    CHECK(rounding_noise<S>(MatrixView<const float>(W.view()).transposed(), false).edge ==
+          doctest::Approx(exact.edge).scale(0).epsilon(1e-12));
     W(3, 5) = NAN;
     CHECK_THROWS_WITH_AS(rounding_noise<S>(MatrixView<const float>(W.view()), false),
                          "rounding_noise: W holds a value that is not finite, in row 3, column 5", NonFiniteError);
   };
   check(bf16{});
   check(f16{});
-  CHECK(rounding_noise<bf16>(1, 1, 1.0, false).std == doctest::Approx(1.66e-3).epsilon(1e-3));
+  CHECK(std::abs(rounding_noise<bf16>(1, 1, 1.0, false).std - 1.66e-3) < 5e-6);  // half a unit of the last digit given
+  CHECK(std::abs(rounding_noise<f16>(1, 1, 1.0, false).std - 2.07e-4) < 5e-7);
+  const double c = rounding_noise<bf16>(1, 1, 1.0, false).std;
+  CHECK(rounding_noise<bf16>(9, 16, 0.5, true).edge ==
+        doctest::Approx(c * 0.5 * 7 * std::numbers::sqrt2).scale(0).epsilon(1e-14));
   CHECK(rounding_noise<bf16>(MatrixView<const float>(), false).edge == 0);
 }
 

@@ -13,6 +13,7 @@
 
 #include "lowrank/core/rng.hpp"
 #include "lowrank/spectrum/balance.hpp"
+#include "support/oracle.hpp"
 #include "support/temp_dir.hpp"
 
 using namespace lowrank;
@@ -81,6 +82,44 @@ TEST_CASE("a LoRA update's line holds its metrics") {
     CHECK(std::stod(last[column]) == doctest::Approx(double(value)).epsilon(1e-12));
     ++column;
   });
+}
+
+TEST_CASE("an adapter that did not start at zero is followed from its start") {
+  const TemporaryFile file(".csv");
+  const Index m = 30, n = 20, r = 4;
+  const auto start = factors(m, n, r, 11);
+  auto f = start;
+  Tracker<float> tracker(file.path, {.every = 1});
+  tracker.watch("pissa", f.A.view(), f.B.view(), f.scale, start);
+  tracker.step();
+  for (Index i = 0; i < m; ++i) f.B(i, 1) += 0.01F * float(i % 7);
+  for (Index j = 0; j < n; ++j) f.A(2, j) -= 0.02F * float(j % 5);
+  tracker.step();
+  // The oracle: the values of the dense difference, in double.
+  Matrix<double> delta(m, n);
+  for (const auto& [g, sign] : {std::pair<const LoraFactors<float>*, double>{&f, 1.0}, {&start, -1.0}})
+    for (Index i = 0; i < m; ++i)
+      for (Index j = 0; j < n; ++j)
+        for (Index k = 0; k < r; ++k) delta(i, j) += sign * double(g->scale) * double(g->B(i, k)) * double(g->A(k, j));
+  const auto truth = spectrum_metrics(lowrank_test::oracle_singular_values(delta), m, n);
+  const auto lines = file.lines();
+  REQUIRE(lines.size() == 3);
+  const auto head = cells(lines[0]), still = cells(lines[1]), moved = cells(lines[2]);
+  const auto at = [&](const char* name) {
+    return std::size_t(std::find(head.begin(), head.end(), name) - head.begin());
+  };
+  // Nothing has moved: what is left is the rounding of products of size one in double.
+  CHECK(std::stod(still[at("frobenius_norm")]) < 1e-12);
+  for (const char* name : {"spectral_norm", "frobenius_norm", "nuclear_norm", "stable_rank", "effective_rank"}) {
+    CAPTURE(name);
+    double expected = 0;
+    for_each_metric(truth, [&](const char* metric, auto value) {
+      if (std::string_view(metric) == name) expected = double(value);
+    });
+    CHECK(std::stod(moved[at(name)]) == doctest::Approx(expected).epsilon(1e-10));
+  }
+  CHECK(std::stod(moved[at("energy_rank_90")]) == double(truth.energy_rank_90));
+  CHECK_THROWS_AS(tracker.watch("other", f.A.view(), f.B.view(), f.scale, factors(m, n + 1, r, 1)), ShapeError);
 }
 
 TEST_CASE("a dense weight is followed from where it was, warm from record to record") {

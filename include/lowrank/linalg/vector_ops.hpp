@@ -73,12 +73,13 @@ double sum_of_squares(Index n, const T* x) {
   }
 }
 
-/// ‖x‖₂ in double; the squares of doubles near the ends of the range are taken of scaled elements.
+/// ‖x‖₂ in double; the squares of doubles near the ends of the range are taken of scaled elements. NaN if any is NaN.
 template <class T>
 double norm2(Index n, const T* x) {
   const double sum = sum_of_squares(n, x);
   if constexpr (std::same_as<T, double>) {
     if (!(sum > 1e-280 && sum < 1e280)) [[unlikely]] {
+      if (std::isnan(sum)) return sum;  // std::max below would pass over it, and call NaN among zeros a zero vector
       double largest = 0;
       for (Index i = 0; i < n; ++i) largest = std::max(largest, std::abs(x[i]));
       if (largest == 0 || !std::isfinite(largest)) return largest;

@@ -6,7 +6,7 @@
 #include <numbers>
 #include <vector>
 
-#include "lowrank/linalg/svd_result.hpp"
+#include "lowrank/linalg/truncated_svd_result.hpp"
 #include "lowrank/spectrum/metrics.hpp"
 
 namespace lowrank {
@@ -232,12 +232,37 @@ SpectrumBounds spectrum_bounds(const S& sigma, Index rows, Index cols, const Spe
   return out;
 }
 
-/// As above from what singular_values returned, each value with its own error.
+/// As above from what singular_values returned, each value with its own error. The values of factors are complete: what
+/// a product B·A has beyond them is zero.
 inline SpectrumBounds spectrum_bounds(const SingularValues& sigma, Index rows, Index cols,
                                       double eps = std::numeric_limits<float>::epsilon()) {
   std::vector<double> errors(sigma.values.size());
   for (std::size_t i = 0; i < errors.size(); ++i) errors[i] = sigma.error(Index(i));
-  return spectrum_bounds(sigma.values, rows, cols, {.errors = errors, .eps = eps});
+  const Index k = Index(sigma.values.size());
+  if (sigma.method != SpectrumMethod::factors || k == 0 || k >= std::min(rows, cols))
+    return spectrum_bounds(sigma.values, rows, cols, {.errors = errors, .eps = eps});
+  // To its range the product is a k×k matrix; only the numerical rank's tolerance remembers the shape.
+  return spectrum_bounds(sigma.values, k, k, {.errors = errors, .eps = eps * double(std::max(rows, cols)) / double(k)});
+}
+
+/// As above from a truncated SVD: its values are within the largest residual of the true ones, and the energy beyond
+/// them is total_energy less theirs. A metric is known as far as the leading values determine it.
+///
+/// **Throws** ArgumentError when total_energy is not known. **Numerics** `frobenius_error` is that of √total_energy;
+/// the default allows for a difference of weights formed in float. Rests on the truncated SVD not having missed a
+/// value, as converged ones do not.
+template <Real T>
+SpectrumBounds spectrum_bounds(const TruncatedSvd<T>& t, double frobenius_error = 1e-7,
+                               double eps = std::numeric_limits<float>::epsilon()) {
+  const Index rows = t.U.rows(), cols = t.V.rows();
+  if (!std::isfinite(t.total_energy))
+    throw ArgumentError("spectrum_bounds: needs total_energy, which this operator does not know");
+  // Values are held in T: their last place counts even where the residual does not.
+  double error = t.S.empty() ? 0 : 16 * double(std::numeric_limits<T>::epsilon()) * double(t.S[0]);
+  for (const double r : t.residuals) error = std::max(error, r);
+  return spectrum_bounds(
+      t.S, rows, cols,
+      {.error = error, .frobenius = std::sqrt(t.total_energy), .frobenius_error = frobenius_error, .eps = eps});
 }
 
 }  // namespace lowrank

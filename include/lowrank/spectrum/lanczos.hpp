@@ -18,8 +18,9 @@ namespace lowrank::detail {
 ///
 /// **Cost** a step: two products of W with the active vectors, 8·k·d flops a vector for orthogonalisation in step k;
 /// memory steps·d doubles a vector. **Numerics** every new vector is orthogonalised twice against all before it
-/// (Parlett, The Symmetric Eigenvalue Problem, §13.8: twice is enough), so T is the true compression of C, not one with
-/// ghosts.
+/// so T is the true compression of C, not one with ghosts. **Throws** nothing of its own.
+/// **Source** Lanczos, J. Res. Nat. Bur. Standards 45 (1950); why twice is enough: Parlett, The Symmetric Eigenvalue
+/// Problem, §6.9 and §13.8.
 template <class S>
 class LanczosBatch {
  public:

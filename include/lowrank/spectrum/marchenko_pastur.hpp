@@ -18,6 +18,7 @@ namespace lowrank {
 /// share of Σx above x is (θ − sin θ·cos θ)/π, the same for every β.
 ///
 /// **Throws** ArgumentError unless 0 < β ≤ 1 (constructor), and when a probability lies outside [0, 1].
+/// **Cost** O(1); quantiles and energy_rank_share some 5 Newton steps.
 /// **Numerics** absolute error of shares about 1e-15, of quantiles about 1e-15·x₊.
 /// **Source** Marčenko & Pastur, Math. USSR-Sbornik 1 (1967); the angle form follows by integrating it.
 class MarchenkoPastur {

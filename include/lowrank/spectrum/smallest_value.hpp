@@ -59,6 +59,8 @@ inline bool cholesky_lower(MatrixView<double> G) {
 ///
 /// Inverse iteration with one factorisation finds a value near σ_min² from above; a second factorisation of
 /// WᵀW − 0.9·value·I succeeds only when every eigenvalue lies beyond. **Cost** m·n² + 2/3·n³ flops in double.
+/// **Throws** nothing of its own.
+/// **Source** Sylvester's law of inertia: a Cholesky factorisation of a shifted matrix counts its eigenvalues.
 template <class S>
 double smallest_squared_value(MatrixView<const S> W) {
   const Index n = W.cols();

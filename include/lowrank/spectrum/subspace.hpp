@@ -89,14 +89,17 @@ std::vector<double> principal_angles(MatrixView<const T> U, std::type_identity_t
   return angles;
 }
 
-/// The length of the geodesic between two subspaces of one dimension: √Σθ². **Cost** O(p).
+/// The length of the geodesic between two subspaces of one dimension: √Σθ².
+/// **Scale** radians. **Throws** nothing. **Cost** O(p).
+/// **Source** Edelman, Arias & Smith, SIAM J. Matrix Anal. Appl. 20 (1998), §4.3.
 inline double grassmann_distance(std::span<const double> angles) {
   double sum = 0;
   for (const double t : angles) sum += t * t;
   return std::sqrt(sum);
 }
 
-/// √Σ sin²θ = ‖UUᵀ − VVᵀ‖_F/√2 for subspaces of one dimension. **Cost** O(p).
+/// √Σ sin²θ = ‖UUᵀ − VVᵀ‖_F/√2 for subspaces of one dimension.
+/// **Scale** free, between 0 and √p. **Throws** nothing. **Cost** O(p). **Source** as grassmann_distance.
 inline double chordal_distance(std::span<const double> angles) {
   double sum = 0;
   for (const double t : angles) sum += std::sin(t) * std::sin(t);

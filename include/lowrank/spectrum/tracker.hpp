@@ -11,6 +11,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -119,8 +120,8 @@ struct TrackerOptions {
 /// **Throws** IoError when the file cannot be opened or written; ArgumentError on bad options. A weight that has become
 /// NaN does not stop the training: its metrics are empty from then on. **Cost** a LoRA module O((m + n)·r²); a dense
 /// one some readings of W, fewer than a cold start takes because each SVD begins at the vectors of the one before. With
-/// `every` 0 a record is made when all recording so far, and one more like the last, stay within `budget` of the time
-/// trained.
+/// `every` 0 the first step is recorded, and later ones when all recording so far, and one more like the last, stay
+/// within `budget` of the time trained.
 /// **Numerics** see singular_values and truncated_svd. The file survives a crash of the process: whole lines only, and
 /// a new run appends to it.
 template <Real T>
@@ -145,13 +146,24 @@ class Tracker {
       throw ShapeError(detail::text("Tracker::watch: B must have as many columns as A has rows, got B ",
                                     detail::shape_text(B.rows(), B.cols()), " and A ",
                                     detail::shape_text(A.rows(), A.cols())));
-    modules_.push_back({std::move(name), A, B, scale, {}, {}});
+    modules_.push_back({std::move(name), A, B, scale, {}, {}, {}});
+  }
+  /// Follows s·B·A − s₀·B₀·A₀: what became of an adapter whose product did not start at zero (PiSSA and its kin). The
+  /// start is copied. **Throws** ShapeError when the two are no updates of one shape.
+  void watch(std::string name, MatrixView<const T> A, MatrixView<const T> B, T scale, const LoraFactors<T>& start) {
+    if (start.out_features() != B.rows() || start.in_features() != A.cols())
+      throw ShapeError(detail::text("Tracker::watch: start must be an update of shape ",
+                                    detail::shape_text(B.rows(), A.cols()), ", got ",
+                                    detail::shape_text(start.out_features(), start.in_features())));
+    watch(std::move(name), A, B, scale);
+    modules_.back().start = start;
+    modules_.back().start.scale = -start.scale;
   }
   /// As above; the scale is the one the factors have now.
   void watch(std::string name, const LoraFactors<T>& f) { watch(std::move(name), f.A.view(), f.B.view(), f.scale); }
   /// Follows what becomes of W: ΔW = W − (W as it is now), of which a copy is kept. W must outlive the tracker.
   void watch(std::string name, MatrixView<const T> W) {
-    modules_.push_back({std::move(name), W, {}, T(1), Matrix<T>(W), {}});
+    modules_.push_back({std::move(name), W, {}, T(1), {}, Matrix<T>(W), {}});
   }
 
   /// To be called once after every training step. Returns whether a record was made.
@@ -191,6 +203,7 @@ class Tracker {
     std::string name;
     MatrixView<const T> A, B;  // dense: A is W and B is empty
     T scale;
+    LoraFactors<T> start;  // of an adapter that did not start at zero, with −s₀; else empty
     Matrix<T> base;
     Matrix<T> vectors;  // right singular vectors of the last record
     [[nodiscard]] bool dense() const { return !base.empty(); }
@@ -230,8 +243,11 @@ class Tracker {
     out += json_ ? "}\n" : "\n";
   }
   static void factor_metrics(const Module& m, SpectrumMetrics& lower, SpectrumMetrics& upper) {
-    LoraFactors<T> f{Matrix<T>(m.A), Matrix<T>(m.B), m.scale};
-    lower = upper = spectrum_metrics(singular_values(f).values, m.B.rows(), m.A.cols());
+    std::vector<LoraFactors<T>> terms;
+    terms.push_back({Matrix<T>(m.A), Matrix<T>(m.B), m.scale});
+    if (!m.start.A.empty()) terms.push_back(m.start);
+    const auto values = singular_values(std::span<const LoraFactors<T>>(terms)).values;
+    lower = upper = spectrum_metrics(values, m.B.rows(), m.A.cols());
   }
   void dense_metrics(Module& m, SpectrumMetrics& lower, SpectrumMetrics& upper, double& captured) const {
     const auto delta = difference_operator<T, T, T>(m.A, m.base.view());

@@ -90,7 +90,9 @@ class MatrixView {
       throw ShapeError(detail::text("MatrixView::block: block at (", i, ", ", j, ") of ",
                                     detail::shape_text(rows, cols), " does not fit in ",
                                     detail::shape_text(rows_, cols_)));
-    return {Unchecked{}, data_ + i * row_stride_ + j * col_stride_, rows, cols, row_stride_, col_stride_};
+    // An empty view may be of no memory at all, and null has no neighbours.
+    const Index offset = rows > 0 && cols > 0 ? i * row_stride_ + j * col_stride_ : 0;
+    return {Unchecked{}, data_ + offset, rows, cols, row_stride_, col_stride_};
   }
   [[nodiscard]] constexpr MatrixView middle_rows(Index i, Index n) const { return block(i, 0, n, cols_); }
   [[nodiscard]] constexpr MatrixView middle_cols(Index j, Index n) const { return block(0, j, rows_, n); }

@@ -8,7 +8,9 @@ packages_build=(g++ cmake ninja-build libeigen3-dev)
 packages_test=("${packages_build[@]}" nlohmann-json3-dev libxtensor-dev libcli11-dev doctest-dev)
 # Everything CI does: a second compiler with OpenMP, sanitizers and fuzzer, benchmarks and their peers, the reference.
 packages_ci=("${packages_test[@]}" clang libomp-dev libclang-rt-dev libbenchmark-dev libopenblas-dev liblapacke-dev
-  libspectra-dev doxygen)
+  libspectra-dev doxygen python3-numpy)
+# The peers written in JavaScript come through npm, whoever installed it.
+command -v npm > /dev/null || packages_ci+=(nodejs npm)
 
 # need_packages PACKAGE...: returns at once when all are installed; else installs the missing ones by apt-get, or, where
 # that is not possible, says what to install. On a system without dpkg nothing can be checked: it says what is wanted,

@@ -239,9 +239,9 @@ class BlockKrylov {
   /// intervals, says more. The larger of the two then.
   void estimate_deficit(double energy, double from_residuals) {
     deficit_ = from_residuals;
-    // Directions not met yet may be worth several times as much: before the energy has been seen growing, and after a
-    // warm start, whose few steps say little about them (measured: up to 3 times).
-    if (warm_ || energies_ < 2) deficit_ *= 4;
+    // Directions not met yet may be worth several times as much, until the energy has been seen growing; a warm start,
+    // whose first few steps say little about them (measured: up to 3 times), is watched for one look more.
+    if (energies_ < (warm_ ? 3 : 2)) deficit_ *= 4;
     const double steps = double(std::max<Index>(1, M_.passes() - pass_of_check_));
     if (energies_ >= 1 && energy > 0) {
       const double gain = std::max(0.0, energy - energy_) / energy;

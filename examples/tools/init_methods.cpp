@@ -104,30 +104,17 @@ Matrix<float> as_float(const io::TensorView& weight, bool transposed) {
 
 /// W − s·B·A in the type W is stored as, from the weight as it is stored.
 void form_base_as_stored(const io::TensorView& weight, bool transposed, Outcome& out) {
-  const auto form = [&]<class S, class T>(S, const LoraFactors<T>& factors) {
-    with_weight(weight, [&]<class V>(MatrixView<const V> W) {
-      if constexpr (std::is_same_v<V, S>) {
-        if (transposed) W = W.transposed();
-        Matrix<S> base;
-        base.resize(W.rows(), W.cols());
-        const ResidualNorms norms = residual_base(W, factors, base.view());
-        out.report.residual_norm = norms.residual;
-        out.report.storage_error = norms.storage_error;
-        out.base = std::move(base);
-      }
-    });
-  };
-  switch (weight.dtype()) {
-    case io::Dtype::F64:
-      return form(double{}, LoraFactors<double>{Matrix<double>(out.factors.A), Matrix<double>(out.factors.B),
-                                                double(out.factors.scale)});
-    case io::Dtype::BF16:
-      return form(bf16{}, out.factors);
-    case io::Dtype::F16:
-      return form(f16{}, out.factors);
-    default:
-      return form(float{}, out.factors);
-  }
+  with_weight(weight, [&]<class S>(MatrixView<const S> W) {
+    using T = arithmetic_of<S>;
+    if (transposed) W = W.transposed();
+    const LoraFactors<T> factors{Matrix<T>(out.factors.A), Matrix<T>(out.factors.B), T(out.factors.scale)};
+    Matrix<S> base;
+    base.resize(W.rows(), W.cols());
+    const ResidualNorms norms = residual_base(W, factors, base.view());
+    out.report.residual_norm = norms.residual;
+    out.report.storage_error = norms.storage_error;
+    out.base = std::move(base);
+  });
 }
 
 /// Runs f; an error of the library then says whose data it was.

@@ -101,48 +101,20 @@ std::vector<std::byte> merged_bytes(const Options& o, const io::TensorView& t, c
   return {bytes.begin(), bytes.end()};
 }
 
+constexpr const char* cannot_merge = ", which cannot be merged into";
+
 std::vector<std::byte> merged(const Options& o, const io::TensorView& t, const io::AdapterModule& m,
                               bool fan_in_fan_out, MergeReport& report) {
-  switch (t.dtype()) {
-    case io::Dtype::F32:
-      return merged_bytes<float>(o, t, m, fan_in_fan_out, report);
-    case io::Dtype::F64:
-      return merged_bytes<double>(o, t, m, fan_in_fan_out, report);
-    case io::Dtype::BF16:
-      return merged_bytes<bf16>(o, t, m, fan_in_fan_out, report);
-    case io::Dtype::F16:
-      return merged_bytes<f16>(o, t, m, fan_in_fan_out, report);
-    default:
-      t.fail(lowrank::detail::text("is stored as ", io::dtype_name(t.dtype()), ", which cannot be merged into"));
-  }
-}
-
-/// Calls f with the elements of a vector as stored.
-template <class F>
-auto with_weight_row(const io::TensorView& t, F&& f) {
-  const auto as = [&]<class S>(S) {
-    std::vector<S> v(static_cast<std::size_t>(t.size()));
-    if (!v.empty()) std::memcpy(v.data(), t.bytes().data(), t.bytes().size());
-    return f(std::move(v));
-  };
-  switch (t.dtype()) {
-    case io::Dtype::F32:
-      return as(float{});
-    case io::Dtype::F64:
-      return as(double{});
-    case io::Dtype::BF16:
-      return as(bf16{});
-    case io::Dtype::F16:
-      return as(f16{});
-    default:
-      t.fail(lowrank::detail::text("is stored as ", io::dtype_name(t.dtype()), ", which cannot be merged into"));
-  }
+  return with_stored_type(t, cannot_merge,
+                          [&]<class S>(S) { return merged_bytes<S>(o, t, m, fan_in_fan_out, report); });
 }
 
 /// The bias of a layer with s times that of lora_B added, in the type it is stored as.
 std::vector<std::byte> merged_bias(const io::TensorView& t, const io::AdapterModule& m) {
-  return with_weight_row(t, [&]<class S>(std::vector<S> bias) {
+  return with_stored_type(t, cannot_merge, [&]<class S>(S) {
     using T = arithmetic_of<S>;
+    std::vector<S> bias(static_cast<std::size_t>(t.size()));
+    if (!bias.empty()) std::memcpy(bias.data(), t.bytes().data(), t.bytes().size());
     for (std::size_t i = 0; i < bias.size(); ++i) {
       bias[i] = S(T(bias[i]) + T(m.factors.scale) * T(m.bias[i]));
       if (!std::isfinite(double(bias[i]))) t.fail("is not finite after the merge");

@@ -37,11 +37,29 @@ struct TargetArguments {
 /// select nothing else, otherwise the full names.
 std::vector<std::string> target_list(const Modules& modules, const std::vector<std::size_t>& selected);
 
+/// Calls f with a value of the type the tensor is stored as: float, double, bf16 or f16. Throws IoError for other
+/// types, `otherwise` behind their name.
+template <class F>
+auto with_stored_type(const io::TensorView& t, const char* otherwise, F&& f) {
+  switch (t.dtype()) {
+    case io::Dtype::F32:
+      return f(float{});
+    case io::Dtype::F64:
+      return f(double{});
+    case io::Dtype::BF16:
+      return f(bf16{});
+    case io::Dtype::F16:
+      return f(f16{});
+    default:
+      t.fail(lowrank::detail::text("is stored as ", io::dtype_name(t.dtype()), otherwise));
+  }
+}
+
 /// Calls f with the weight as stored, MatrixView<const S> for S in float, double, bf16, f16: in place where its
 /// alignment allows, copied otherwise. Throws IoError for other types.
 template <class F>
 auto with_weight(const io::TensorView& t, F&& f) {
-  const auto as = [&]<class S>(S) {
+  return with_stored_type(t, "; F32, F64, BF16 and F16 can be used", [&]<class S>(S) {
     if (reinterpret_cast<std::uintptr_t>(t.bytes().data()) % alignof(S) == 0)
       return f(t.size() == 0 ? MatrixView<const S>(nullptr, t.rows(), t.cols(), std::max<Index>(1, t.cols()), 1)
                              : t.view<S>());
@@ -49,19 +67,7 @@ auto with_weight(const io::TensorView& t, F&& f) {
     copy.resize(t.rows(), t.cols());
     std::memcpy(copy.data(), t.bytes().data(), t.bytes().size());
     return f(MatrixView<const S>(copy.view()));
-  };
-  switch (t.dtype()) {
-    case io::Dtype::F32:
-      return as(float{});
-    case io::Dtype::F64:
-      return as(double{});
-    case io::Dtype::BF16:
-      return as(bf16{});
-    case io::Dtype::F16:
-      return as(f16{});
-    default:
-      t.fail(lowrank::detail::text("is stored as ", io::dtype_name(t.dtype()), "; F32, F64, BF16 and F16 can be used"));
-  }
+  });
 }
 
 /// Factors as the adapter files keep them.

@@ -113,10 +113,8 @@ void analyse(Json& j, MatrixView<const S> W, const Options& o) {
       add_metrics(j, known, spectrum_bounds(t), m, n, false);
       j["method"] = "truncated";
       j["converged"] = t.converged;
-      j["error"] = std::max(double(std::numeric_limits<T>::epsilon()) * 16 * values[0],
-                            *std::max_element(t.residuals.begin(), t.residuals.end()));
+      j["error"] = value_error(t);
       j["captured_energy"] = t.total_energy > 0 ? t.captured_energy / t.total_energy : 0;
-      if (!o.values) values.clear();
       if (o.values) j["singular_values"] = values_json(values);
       return;
     }

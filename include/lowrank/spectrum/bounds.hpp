@@ -245,7 +245,16 @@ inline SpectrumBounds spectrum_bounds(const SingularValues& sigma, Index rows, I
   return spectrum_bounds(sigma.values, k, k, {.errors = errors, .eps = eps * double(std::max(rows, cols)) / double(k)});
 }
 
-/// As above from a truncated SVD: its values are within the largest residual of the true ones, and the energy beyond
+/// How far each value of a truncated SVD may be from the singular value it stands for: the largest residual, or a few
+/// units in the last place of the type the values are held in. Zero when there are none.
+template <Real T>
+double value_error(const TruncatedSvd<T>& t) {
+  double error = t.S.empty() ? 0 : 16 * double(std::numeric_limits<T>::epsilon()) * double(t.S[0]);
+  for (const double r : t.residuals) error = std::max(error, r);
+  return error;
+}
+
+/// As above from a truncated SVD: its values are within `value_error` of the true ones, and the energy beyond
 /// them is total_energy less theirs. A metric is known as far as the leading values determine it.
 ///
 /// **Throws** ArgumentError when total_energy is not known. **Numerics** `frobenius_error` is that of √total_energy;
@@ -257,12 +266,11 @@ SpectrumBounds spectrum_bounds(const TruncatedSvd<T>& t, double frobenius_error 
   const Index rows = t.U.rows(), cols = t.V.rows();
   if (!std::isfinite(t.total_energy))
     throw ArgumentError("spectrum_bounds: needs total_energy, which this operator does not know");
-  // Values are held in T: their last place counts even where the residual does not.
-  double error = t.S.empty() ? 0 : 16 * double(std::numeric_limits<T>::epsilon()) * double(t.S[0]);
-  for (const double r : t.residuals) error = std::max(error, r);
-  return spectrum_bounds(
-      t.S, rows, cols,
-      {.error = error, .frobenius = std::sqrt(t.total_energy), .frobenius_error = frobenius_error, .eps = eps});
+  return spectrum_bounds(t.S, rows, cols,
+                         {.error = value_error(t),
+                          .frobenius = std::sqrt(t.total_energy),
+                          .frobenius_error = frobenius_error,
+                          .eps = eps});
 }
 
 }  // namespace lowrank

@@ -17,7 +17,7 @@ namespace lowrank::detail {
 /// Lanczos on W·Wᵀ (vectors of length rows) or WᵀW (length cols, `right`), all in double whatever W is stored in.
 ///
 /// **Cost** a step: two products of W with the active vectors, 8·k·d flops a vector for orthogonalisation in step k;
-/// memory steps·d doubles a vector. **Numerics** every new vector is orthogonalised twice against all before it
+/// memory steps·d doubles a vector. **Numerics** every new vector is orthogonalised twice against all before it,
 /// so T is the true compression of C, not one with ghosts. **Throws** nothing of its own.
 /// **Source** Lanczos, J. Res. Nat. Bur. Standards 45 (1950); why twice is enough: Parlett, The Symmetric Eigenvalue
 /// Problem, §6.9 and §13.8.

@@ -23,7 +23,8 @@ set output "$svg.partial"
 set multiplot layout 1,3
 set logscale xy
 set grid
-set key top left
+set key top left Left reverse samplen 2
+set yrange [1:1000]
 set ylabel "ms"
 set xtics (8, 16, 32, 64, 128, 256, 1024, 2048, 4096, 8192)
 # Column 7 is the time in ms, 8 the flops in 1e9, 10 the share of the product's speed: 7·10 is the flops at that speed.
@@ -31,8 +32,9 @@ do for [curve in "rank rows columns"] {
   column = curve eq "rank" ? 3 : curve eq "rows" ? 1 : 2
   set title curve eq "rank" ? "2048 × 2048" : curve eq "rows" ? "rows × 2048, rank 16" : "2048 × columns, rank 16"
   set xlabel curve
+  if (column == 3) { set xrange [6:340] } else { set xrange [800:10500] }
   plot "$curves/".curve using column:7 with linespoints lw 2 pt 7 ps 0.6 title "measured", \
-       "$curves/".curve using column:(\$7*\$10) with lines lw 2 dt 2 title "its flops at the speed of gemm"
+       "$curves/".curve using column:(\$7*\$10) with lines lw 2 dt 2 title "flops at gemm speed"
 }
 unset multiplot
 PLOT

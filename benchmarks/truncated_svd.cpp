@@ -238,6 +238,9 @@ void growth(bool smoke) {
   const Index base = smoke ? 256 : 2048;
   for (const Index r : {8, 16, 32, 64, 128, 256})
     if (r < base / 2) point(base, base, r);
+  // The smallest matrices of LLaMA-2-7B.
+  if (!smoke)
+    for (const Index r : {64, 128, 256}) point(2 * base, 2 * base, r);
   for (const Index m : {base / 2, 2 * base, 4 * base}) point(m, base, 16);
   for (const Index n : {base / 2, 2 * base, 4 * base}) point(base, n, 16);
 }

@@ -121,13 +121,15 @@ class BlockKrylov {
       const bool last = full || M_.passes() + 4 > most, crowded = settled_ + block_ > capacity_;
       if (!last && !crowded && settled_ < next_check) continue;
       if (settled_ >= k_) {
-        check(full);
+        check(full, crowded);
         if (last || (energy_met_ && residual_met_)) return;
       } else if (last) {
         return;
       }
       if (crowded) restart();
       next_check = settled_ + steps_to_go() * block_;
+      // A look shortly before the basis is full would be followed by the restart's.
+      if (next_check + 2 * block_ > capacity_) next_check = capacity_;
     }
   }
 
@@ -179,9 +181,12 @@ class BlockKrylov {
   }
 
   /// Rayleigh–Ritz on the settled part of the basis: Ritz vectors, residual and energy estimates, verdict.
-  void check(bool full) {
+  void check(bool full, bool crowded) {
     const Index d = settled_;
-    const SymmetricEigen ritz = symmetric_eigen_tail(projection(d), std::min(d, block_));
+    // Residuals need the last elements of the Ritz vectors; a restart will want them whole.
+    form_.emplace(projection(d), "truncated_svd");
+    ritz_ = crowded ? form_->whole() : form_->tail(std::min(d, block_));
+    const SymmetricEigen& ritz = ritz_;
     const double top = std::max(ritz.values[0], 0.0), floor = top * eps;
     const double next = d > k_ ? std::max(ritz.values[std::size_t(k_)], 0.0) : 0;
     double energy = 0, worst = 0, missing = 0;
@@ -231,6 +236,11 @@ class BlockKrylov {
     for (Index l = c; l < block_; ++l) r += ritz.vectors(last + l, i) * coupling_(l, c);
     return r;
   }
+  /// The Ritz vectors of the last look, whole.
+  const SymmetricEigen& whole_ritz() {
+    if (ritz_.vectors.rows() < ritz_.vectors.cols()) ritz_ = form_->whole();
+    return ritz_;
+  }
   /// T's part for the first d vectors of the basis.
   [[nodiscard]] MatrixView<const double> projection(Index d) const { return T_.view().block(0, 0, d, d); }
 
@@ -262,7 +272,7 @@ class BlockKrylov {
     const Index d = settled_, b = block_;
     const Index extra = options_.oversampling > 0 ? options_.oversampling : std::max<Index>(2 * b, k_ / 2);
     const Index keep = std::min({k_ + extra, d - b, std::max(k_, capacity_ - 3 * b)});
-    const SymmetricEigen ritz = symmetric_eigen(projection(d));
+    const SymmetricEigen& ritz = whole_ritz();
     Matrix<T> Q(keep + b, d + b);
     for (Index i = 0; i < keep; ++i)
       for (Index j = 0; j < d; ++j) Q(i, j) = T(ritz.vectors(j, i));
@@ -283,7 +293,7 @@ class BlockKrylov {
     const Index n = M_.domain(), d = basis_size_;
     Matrix<T> V(k_, n);
     if (d >= k_) {
-      const SymmetricEigen ritz = symmetric_eigen(projection(d));
+      const SymmetricEigen& ritz = whole_ritz();
       Matrix<T> Q(k_, d);
       for (Index i = 0; i < k_; ++i)
         for (Index j = 0; j < d; ++j) Q(i, j) = T(ritz.vectors(j, i));
@@ -371,6 +381,9 @@ class BlockKrylov {
   std::optional<OrthonormalRows<T>> basis_;
   Matrix<T> Y_, Z_, left_, right_;  // the last two: the triplets' vectors, in rows, on M's left and right
   Matrix<double> T_, coupling_;
+  // Of T's settled part, at the last look.
+  std::optional<TridiagonalForm> form_;
+  SymmetricEigen ritz_;
   std::vector<double> sigma_, residual_;
   Index block_ = 0, capacity_ = 0, settled_ = 0, basis_size_ = 0, energies_ = 0, pass_of_check_ = 0;
   double first_norm_ = 0, deficit_ = 1, energy_ = 0, gain_ = 0, steps_ = 1, worst_ = 0, rate_ = 0, distance_ = 0;

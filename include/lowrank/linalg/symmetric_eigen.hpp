@@ -94,39 +94,80 @@ std::vector<Index> descending_order(const V& values) {
   return order;
 }
 
-/// The reduction both functions below begin with: T's diagonals and the reflectors of A = Q·T·Qᵀ.
-struct Tridiagonal {
-  Matrix<double> reflectors;
-  std::vector<double> d, e, tau;
-
-  Tridiagonal(MatrixView<const double> A, const char* who) {
+/// A = Q·T·Qᵀ kept: the cubic part both functions below begin with, from which values and tails can be had first and
+/// the whole vectors later.
+class TridiagonalForm {
+ public:
+  /// Only the upper triangle of A is read.
+  TridiagonalForm(MatrixView<const double> A, const char* who) : who_(who) {
     const Index n = A.rows();
     expect_shape(who, "A", A.rows(), A.cols(), n, n);
-    reflectors.resize(n, n);
+    reflectors_.resize(n, n);
     for (Index i = 0; i < n; ++i) {
-      std::fill_n(reflectors.data() + i * n, i, 0.0);
+      std::fill_n(reflectors_.data() + i * n, i, 0.0);
       for (Index j = i; j < n; ++j) {
         if (!std::isfinite(A(i, j))) throw NonFiniteError(text(who, ": element (", i, ", ", j, ") is ", A(i, j)));
-        reflectors(i, j) = A(i, j);
+        reflectors_(i, j) = A(i, j);
       }
     }
-    d.resize(std::size_t(n));
-    e.resize(std::size_t(n));
-    tau.resize(std::size_t(n));
-    if (n > 0) tridiagonalize(reflectors.view(), d.data(), e.data(), tau.data());
+    d_.resize(std::size_t(n));
+    e_.resize(std::size_t(n));
+    tau_.resize(std::size_t(n));
+    if (n > 0) tridiagonalize(reflectors_.view(), d_.data(), e_.data(), tau_.data());
   }
 
-  /// Turns d into the eigenvalues and Zt's rows, on entry columns of Q, into the same part of the eigenvectors.
-  /// Returns their order, descending.
-  std::vector<Index> diagonalize(MatrixView<double> Zt, const char* who) {
-    RotationQueue<double> queue;
-    const bool converged = tridiagonal_ql(Zt.rows(), d.data(), e.data(), queue, [&] {
-      if (queue.size() >= rotation_batch) queue.apply(Zt.data(), Zt.cols(), Zt.row_stride());
-    });
-    if (!converged) throw Error(text(who, ": the QL iteration did not converge"));
-    queue.apply(Zt.data(), Zt.cols(), Zt.row_stride());
-    return descending_order(d);
+  [[nodiscard]] Index size() const noexcept { return reflectors_.rows(); }
+
+  /// All values and vectors.
+  [[nodiscard]] SymmetricEigen whole() const {
+    const Index n = size();
+    if (n == 0) return {};
+    Matrix<double> Zt(n, n);
+    form_orthogonal<double>(reflectors_.view().middle_rows(0, n - 1), tau_.data(), 1, Zt.view());
+    return diagonalize(Zt);
   }
+
+  /// All values, and the last `count` elements of every vector.
+  [[nodiscard]] SymmetricEigen tail(Index count) const {
+    const Index n = size();
+    if (count < 0 || count > n) throw ArgumentError(text(who_, ": tail must be in [0, ", n, "], got ", count));
+    if (n == 0) return {};
+    // Row j of Q = H₀·H₁··· is eⱼᵀ·H₀·H₁···.
+    Matrix<double> rows(count, n), Zt(n, count);
+    for (Index c = 0; c < count; ++c) {
+      double* const row = rows.data() + c * n;
+      row[n - count + c] = 1;
+      for (Index k = 0; k + 1 < n; ++k) {
+        const double* const v = reflectors_.data() + k * n + k + 1;
+        axpy(n - k - 1, -tau_[std::size_t(k)] * dot(n - k - 1, row + k + 1, v), v, row + k + 1);
+      }
+      for (Index i = 0; i < n; ++i) Zt(i, c) = row[i];
+    }
+    return diagonalize(Zt);
+  }
+
+ private:
+  /// T = Z·Λ·Zᵀ; the rows of Zt, on entry columns of (a part of) Q, take the rotations and become those of the vectors.
+  [[nodiscard]] SymmetricEigen diagonalize(Matrix<double>& Zt) const {
+    const Index n = size();
+    std::vector<double> d = d_, e = e_;
+    RotationQueue<double> queue;
+    const bool converged = tridiagonal_ql(n, d.data(), e.data(), queue, [&] {
+      if (queue.size() >= rotation_batch) queue.apply(Zt.data(), Zt.cols(), Zt.cols());
+    });
+    if (!converged) throw Error(text(who_, ": the QL iteration did not converge"));
+    queue.apply(Zt.data(), Zt.cols(), Zt.cols());
+    const auto order = descending_order(d);
+    SymmetricEigen out{std::vector<double>(std::size_t(n)), Matrix<double>(Zt.cols(), n)};
+    for (Index j = 0; j < n; ++j) out.values[std::size_t(j)] = d[std::size_t(order[std::size_t(j)])];
+    for (Index i = 0; i < Zt.cols(); ++i)
+      for (Index j = 0; j < n; ++j) out.vectors(i, j) = Zt(order[std::size_t(j)], i);
+    return out;
+  }
+
+  const char* who_;
+  Matrix<double> reflectors_;
+  std::vector<double> d_, e_, tau_;
 };
 
 }  // namespace detail
@@ -139,17 +180,7 @@ struct Tridiagonal {
 /// of n·eps·‖A‖; entries whose squares leave the range of double must be scaled by the caller.
 /// **Source** Golub & Van Loan, Matrix Computations, §8.3; Dubrulle, Martin & Wilkinson (1968).
 inline SymmetricEigen symmetric_eigen(MatrixView<const double> A) {
-  const Index n = A.rows();
-  detail::Tridiagonal reduced(A, "symmetric_eigen");
-  SymmetricEigen out{std::vector<double>(std::size_t(n)), Matrix<double>(n, n)};
-  if (n == 0) return out;
-  Matrix<double> Zt(n, n);
-  detail::form_orthogonal<double>(reduced.reflectors.view().middle_rows(0, n - 1), reduced.tau.data(), 1, Zt.view());
-  const auto order = reduced.diagonalize(Zt.view(), "symmetric_eigen");
-  for (Index j = 0; j < n; ++j) out.values[std::size_t(j)] = reduced.d[std::size_t(order[std::size_t(j)])];
-  for (Index i = 0; i < n; ++i)
-    for (Index j = 0; j < n; ++j) out.vectors(i, j) = Zt(order[std::size_t(j)], i);
-  return out;
+  return detail::TridiagonalForm(A, "symmetric_eigen").whole();
 }
 
 /// The eigenvalues, and of every eigenvector only the last `tail` elements: all that the residuals of Ritz vectors in a
@@ -160,29 +191,7 @@ inline SymmetricEigen symmetric_eigen(MatrixView<const double> A) {
 /// **Numerics** the same reduction and rotations as symmetric_eigen: the values are the same to the bit, the vectors
 /// to rounding.
 inline SymmetricEigen symmetric_eigen_tail(MatrixView<const double> A, Index tail) {
-  const Index n = A.rows();
-  if (tail < 0 || tail > n)
-    throw ArgumentError(detail::text("symmetric_eigen_tail: tail must be in [0, ", n, "], got ", tail));
-  detail::Tridiagonal reduced(A, "symmetric_eigen_tail");
-  SymmetricEigen out{std::vector<double>(std::size_t(n)), Matrix<double>(tail, n)};
-  if (n == 0) return out;
-  // Row j of Q = H₀·H₁··· is eⱼᵀ·H₀·H₁···.
-  Matrix<double> rows(tail, n), Zt(n, tail);
-  for (Index c = 0; c < tail; ++c) {
-    double* const row = rows.data() + c * n;
-    row[n - tail + c] = 1;
-    for (Index k = 0; k + 1 < n; ++k) {
-      const double* const v = reduced.reflectors.data() + k * n + k + 1;
-      detail::axpy(n - k - 1, -reduced.tau[std::size_t(k)] * detail::dot(n - k - 1, row + k + 1, v), v, row + k + 1);
-    }
-    for (Index i = 0; i < n; ++i) Zt(i, c) = row[i];
-  }
-  const auto order = reduced.diagonalize(Zt.view(), "symmetric_eigen_tail");
-  for (Index j = 0; j < n; ++j) {
-    out.values[std::size_t(j)] = reduced.d[std::size_t(order[std::size_t(j)])];
-    for (Index c = 0; c < tail; ++c) out.vectors(c, j) = Zt(order[std::size_t(j)], c);
-  }
-  return out;
+  return detail::TridiagonalForm(A, "symmetric_eigen_tail").tail(tail);
 }
 
 }  // namespace lowrank

@@ -7,6 +7,7 @@
 #include "lowrank/core/rng.hpp"
 #include "lowrank/linalg/cholesky.hpp"
 #include "lowrank/linalg/qr.hpp"
+#include "lowrank/linalg/streamed_pass.hpp"
 #include "lowrank/linalg/vector_ops.hpp"
 
 namespace lowrank::detail {
@@ -151,10 +152,14 @@ class OrthonormalRows {
     if (n == 0) return;
     const Index b = Z.rows();
     coefficients_.resize(b, n);
-    const MatrixView<T> c = coefficients_.view();
-    const MatrixView<const T> V = rows(first, n);
-    gemm(T(1), MatrixView<const T>(Z), V.transposed(), c);
-    gemm(T(-1), MatrixView<const T>(c), V, Z, Update::accumulate);
+    projections_.resize(b, length());
+    const MatrixView<T> c = coefficients_.view(), p = projections_.view();
+    // One reading of V for both products.
+    streamed_pass<Pass::gram, T>(DenseRows<T>{rows(first, n)}, MatrixView<const T>(Z), c, p);
+    parallel_ranges(length(), 4096, [&](Index j0, Index j1) {
+      for (Index i = 0; i < b; ++i)
+        for (Index j = j0; j < j1; ++j) Z(i, j) -= p(i, j);
+    });
     for (Index i = 0; i < b; ++i)
       for (Index k = 0; k < b; ++k)
         if (S(i, k) != 0)
@@ -221,7 +226,7 @@ class OrthonormalRows {
     }
   }
 
-  Matrix<T> rows_, coefficients_;
+  Matrix<T> rows_, coefficients_, projections_;
   CounterRng rng_;
   std::uint64_t drawn_ = 0;
   Index count_ = 0;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "lowrank/eigen.hpp"
+#include "lowrank/core/collapse.hpp"
 #include "lowrank/core/errors.hpp"
 #include "lowrank/core/factors.hpp"
 #include "lowrank/core/half.hpp"

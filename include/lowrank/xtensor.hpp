@@ -23,6 +23,7 @@
 #include <xtensor/xview.hpp>
 #endif
 
+#include "lowrank/core/collapse.hpp"
 #include "lowrank/core/half.hpp"
 #include "lowrank/core/matrix.hpp"
 #include "lowrank/core/view_of.hpp"
@@ -86,45 +87,6 @@ template <class X>
 concept UnevaluatedXtensor =
     xt::is_xexpression<std::remove_cvref_t<X>>::value && !XtensorInMemoryType<std::remove_cvref_t<X>>;
 
-/// Row count and strides of an N-D array read as a matrix whose columns are its last dimension.
-struct Collapsed {
-  Index rows = 1, cols = 1, row_stride = 1, col_stride = 1;
-};
-
-/// Collapses all dimensions but the last into rows, in row-major order of the leading indices.
-/// **Throws** ShapeError for a scalar, or when the leading dimensions are not evenly spaced in memory.
-template <class Shape, class Strides>
-Collapsed collapse(const Shape& shape, const Strides& strides) {
-  const std::size_t n = shape.size();
-  if (n == 0) throw ShapeError("view_of(xtensor): a zero-dimensional array is not a matrix");
-  Collapsed c{.cols = Index(shape[n - 1]), .col_stride = Index(strides[n - 1])};
-  bool spaced = true, first = true;
-  Index next = 0;  // the stride that continues the rows seen so far
-  for (std::size_t i = n - 1; i-- > 0;) {
-    const Index extent = Index(shape[i]), stride = Index(strides[i]);
-    c.rows *= extent;
-    if (extent == 1) continue;  // its stride is never used; xtensor says 0
-    if (first) c.row_stride = stride;
-    spaced = spaced && (first || stride == next);
-    next = stride * extent;
-    first = false;
-  }
-  if (c.rows == 0 || c.cols == 0) return {.rows = c.rows, .cols = c.cols, .row_stride = std::max<Index>(c.cols, 1)};
-  if (!spaced) [[unlikely]] {
-    std::string got_shape, got_strides;
-    for (std::size_t i = 0; i < n; ++i) {
-      if (i > 0) got_shape += ", ", got_strides += ", ";
-      got_shape += to_text(Index(shape[i]));
-      got_strides += to_text(Index(strides[i]));
-    }
-    throw ShapeError(text("view_of(xtensor): the leading dimensions of an array of shape (", got_shape,
-                          ") with strides (", got_strides,
-                          ") are not evenly spaced, so they do not read as the rows of a matrix; copy it into a "
-                          "row-major container first (xt::eval or xt::xtensor<T, N> y = x)"));
-  }
-  return c;
-}
-
 }  // namespace detail
 
 /// How xtensor's containers, adaptors, views and strided views become views: same pointer plus data offset, no copy.
@@ -144,7 +106,9 @@ struct ViewTraits<X> {
  private:
   template <class T>
   static MatrixView<T> make(T* data, const X& x) {
-    const detail::Collapsed c = detail::collapse(x.shape(), x.strides());
+    const detail::Collapsed c = detail::collapse(
+        "view_of(xtensor)", "copy it into a row-major container first (xt::eval or xt::xtensor<T, N> y = x)", x.shape(),
+        x.strides());
     return {data + Index(x.data_offset()), c.rows, c.cols, c.row_stride, c.col_stride};
   }
 };

@@ -10,6 +10,9 @@
 #ifdef WITH_MPI
 #include "lowrank/mpi.hpp"
 #endif
+#ifdef WITH_TORCH
+#include "lowrank/torch.hpp"
+#endif
 
 int main() {
   Eigen::MatrixXf m = Eigen::MatrixXf::Ones(3, 4);
@@ -21,6 +24,10 @@ int main() {
 #ifdef WITH_MPI
   const lowrank::MpiWorld world;  // a world of one, without mpirun
   ok = ok && world.gather("text").size() == (world.rank() == 0 ? 1U : 0U);
+#endif
+#ifdef WITH_TORCH
+  const at::Tensor t = lowrank::as_torch(lowrank::Matrix<float>(3, 4));
+  ok = ok && lowrank::view_of<float>(t).data() == t.data_ptr();
 #endif
   return ok ? 0 : 1;
 }

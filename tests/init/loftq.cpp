@@ -211,6 +211,40 @@ TEST_CASE("weighted by activations: a smaller output error than without") {
   CHECK_THROWS_AS(loftq(W, {.damping = -1}, C.view()), ArgumentError);
 }
 
+TEST_CASE("gptq inside: a smaller weighted error still, never above plain quantisation") {
+  const Index m = 96, n = 64;
+  const Matrix<float> W = weight_like<float>(m, n, 8);
+  Matrix<float> X = test::random_matrix<float>(400, n, 9), C(n, n);
+  for (Index i = 0; i < 400; ++i)
+    for (Index j = n - 1; j > 0; --j) X(i, j) = (X(i, j) + 0.5F * X(i, j - 1)) * std::exp(-0.05F * float(j));
+  gemm(1.0F / 400, X.view().transposed(), X.view(), C.view());
+  for (const Codebook& book : {Codebook::nf2(), Codebook::nf3(), Codebook::nf4()})
+    for (const int iterations : {1, 5})
+      for (const bool pissa : {false, true}) {
+        CAPTURE(book.name());
+        CAPTURE(iterations);
+        CAPTURE(pissa);
+        LoftqOptions o{.rank = 8, .quantise = {.codebook = book, .scale_search = 8}, .iterations = iterations};
+        const auto nearest = pissa ? qpissa(W, o, C.view()) : loftq(W, o, C.view());
+        o.gptq = true;
+        const auto fed = pissa ? qpissa(W, o, C.view()) : loftq(W, o, C.view());
+        CHECK(fed.report.plain.weighted == nearest.report.plain.weighted);
+        CHECK(fed.report.result().weighted < nearest.report.result().weighted);
+        CHECK(fed.report.result().weighted <= fed.report.plain.weighted);
+        const Matrix<double> E = error_of(W, fed.base, fed.factors);
+        CHECK(fed.report.result().frobenius == doctest::Approx(frobenius(E)).epsilon(1e-5));
+      }
+  // Layouts whose scales must be found beforehand.
+  const Matrix<float> odd = weight_like<float>(9, 50, 3);
+  for (const bool nested : {false, true}) {
+    const LoftqOptions o{.rank = 2, .quantise = {.double_quantise = nested}, .gptq = true};
+    const auto r = loftq(odd, o, C.view().block(0, 0, 50, 50));
+    CHECK(r.report.result().weighted < r.report.plain.weighted);
+    CHECK(r.base.is_double_quantised() == nested);
+  }
+  CHECK_THROWS_WITH_AS(loftq(W, {.gptq = true}), doctest::Contains("covariance"), ArgumentError);
+}
+
 TEST_CASE("edge weights: zero, one row, one column, already representable") {
   const Matrix<float> zero(8, 64), row = test::random_matrix<float>(1, 64, 1),
                                    column = test::random_matrix<float>(64, 1, 1);

@@ -10,12 +10,14 @@ namespace lowrank {
 /// LoftQ: from B·A = 0, T times: Q = quant(W − s·B·A), then s·B·A = the best rank-r approximation of W − Q.
 ///
 /// Returns the pair with the least error ‖W − (Q + s·B·A)‖_F of all iterations, the base as codes. With a `covariance`
-/// C = E[x·xᵀ] of the layer's inputs (in×in), the error fitted and compared is √tr(E·C·Eᵀ), what the outputs see.
+/// C = E[x·xᵀ] of the layer's inputs (in×in), the error fitted and compared is √tr(E·C·Eᵀ), what the outputs see; with
+/// `gptq` set quant minimises it too.
 /// **Shapes** W out×in of float, double, bf16 or f16 in any order; A r×in, B out×r. **Scale** s = α/r or α/√r is
 /// divided out of the factors: the correction is s·B·A whatever α.
 /// **Throws** ArgumentError: rank, α, iterations < 1, block size, a covariance that is not symmetric and positive
-/// definite after damping; NonFiniteError: NaN or infinity in W. **Cost** T times a truncated SVD (started from the
-/// last one's subspace) and some passes over W; memory: one dense matrix in T besides Q (two with a covariance).
+/// definite after damping, gptq without one; NonFiniteError: NaN or infinity in W. **Cost** T times a truncated SVD
+/// (started from the last one's subspace) and some passes over W; memory: one dense matrix in T besides Q (two with a
+/// covariance).
 /// **Numerics** an inexact SVD raises an iteration's error by at most about `svd_slack`; the error never exceeds that
 /// of plain quantisation. Same seed, same bits, whatever the threads.
 /// **Source** Li et al., "LoftQ", arXiv 2310.08659, algorithm 1. As published, s is ignored by PEFT; here it is not.
@@ -26,7 +28,7 @@ auto loftq(X&& weight, const LoftqOptions& options = {},
   using T = arithmetic_of<S>;
   detail::QuantisedAlternation<T, S> a("loftq", view_of(weight), options, covariance);
   for (int t = 0; t < options.iterations; ++t) {
-    if (t > 0) a.quantise_rest();  // the first Q is quant(W), which the constructor has made
+    if (t > 0 || options.gptq) a.quantise_rest();  // else the first Q is quant(W), which the constructor has made
     a.fit_factors(false);
     if (!a.keep_if_better(a.measure())) break;
   }

@@ -2,11 +2,14 @@
 // The steps LoftQ and QPiSSA alternate: quantise what the factors leave, and fit factors to what quantisation leaves.
 #pragma once
 
+#include <optional>
+
 #include "lowrank/init/loftq_report.hpp"
 #include "lowrank/init/loftq_weighting.hpp"
 #include "lowrank/init/residual.hpp"
 #include "lowrank/linalg/singular_values.hpp"
 #include "lowrank/linalg/truncated_svd.hpp"
+#include "lowrank/quant/gptq.hpp"
 
 namespace lowrank::detail {
 
@@ -22,6 +25,7 @@ class QuantisedAlternation {
     if (!(o.svd_slack > 0) || !(o.svd_slack < 1))
       throw ArgumentError(text(method, ": svd_slack must lie in (0, 1), got ", o.svd_slack));
     scale_ = scale_of(o);
+    if (o.gptq && covariance.empty()) throw ArgumentError(text(method, ": gptq needs a covariance, got none"));
     if (!covariance.empty()) weight_ = ActivationWeight(method, covariance, W.cols(), o.damping);
     result.base = QuantizedMatrix<T>::zero(W.rows(), W.cols(), o.quantise);
     result.factors = zero_factors();
@@ -33,12 +37,21 @@ class QuantisedAlternation {
     report.weight_norm = std::sqrt(squared_norm(W));
     quantise_rest();
     report.plain = measure();
+    if (!o.gptq) return;
+    feedback_.quantise = o.quantise;
+    feedback_.damping = o.damping;
+    const bool aligned = Q_.layout().rows_start_blocks() || W.rows() <= 1;
+    feedback_.fixed_scales = o.quantise.double_quantise || !aligned;
+    factor_.emplace(covariance, feedback_);
   }
 
   /// Q = quant(W − s·B·A).
   void quantise_rest() {
     subtract_factors();
-    Q_.assign(std::as_const(E_).view());
+    if (factor_)
+      Q_ = lowrank::gptq(std::as_const(E_).view(), *factor_, feedback_).base;
+    else
+      Q_.assign(std::as_const(E_).view());
   }
 
   /// s·B·A = the best rank-r approximation of W − Q, or of W itself.
@@ -92,7 +105,6 @@ class QuantisedAlternation {
   bool keep_if_better(const LoftqStep& step) {
     LoftqReport& report = result.report;
     report.steps.push_back(step);
-    const auto error = [&](const LoftqStep& s) { return weight_.empty() ? s.frobenius : s.weighted; };
     const bool first = report.steps.size() == 1;
     if (first || error(step) < error(report.result())) {
       report.best = Index(report.steps.size()) - 1;
@@ -107,7 +119,8 @@ class QuantisedAlternation {
   /// the base is quant(W).
   QuantizedInit<T> finish() {
     LoftqReport& report = result.report;
-    if (!(report.result().frobenius <= report.plain.frobenius) && weight_.empty()) {
+    if (!(error(report.result()) <= error(report.plain))) {
+      factor_.reset();
       current_ = zero_factors();
       current_.A = result.factors.A;  // random-like directions to train in; B = 0
       quantise_rest();
@@ -123,6 +136,8 @@ class QuantisedAlternation {
   QuantizedInit<T> result;
 
  private:
+  /// What is fitted and compared.
+  [[nodiscard]] double error(const LoftqStep& s) const { return weight_.empty() ? s.frobenius : s.weighted; }
   [[nodiscard]] LoraFactors<T> zero_factors() const {
     return {Matrix<T>(o_.rank, W_.cols()), Matrix<T>(W_.rows(), o_.rank), T(scale_)};
   }
@@ -165,6 +180,8 @@ class QuantisedAlternation {
   const LoftqOptions& o_;
   double scale_ = 1, captured_share_ = 0.2;
   ActivationWeight weight_;
+  GptqOptions feedback_;
+  std::optional<GptqFactor<T>> factor_;  ///< of the covariance, once plain quantisation has been measured
   QuantizedMatrix<T> Q_;
   LoraFactors<T> current_;
   Matrix<T> E_, weighted_, subspace_;

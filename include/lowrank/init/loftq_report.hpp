@@ -19,6 +19,9 @@ struct LoftqOptions {
   bool rank_stabilised = false;
   /// How the base is stored: codebook, blocks, double quantisation, scale search.
   QuantizeOptions quantise = {};
+  /// With a covariance: the base is quantised by gptq against it, not to the nearest codes. Scales are found beforehand
+  /// where double quantisation or blocks across row ends need it.
+  bool gptq = false;
   /// T ≥ 1.
   int iterations = 5;
   /// End when an iteration does not lower the error; the best one is returned either way.

@@ -145,6 +145,7 @@ struct ViewTraits<X> {
   template <class T>
   static MatrixView<T> make(T* data, const X& x) {
     const detail::Collapsed c = detail::collapse(x.shape(), x.strides());
+    detail::expect_unit_stride(c.rows, c.cols, c.row_stride, c.col_stride, ", with xt::eval for example");
     return {data + Index(x.data_offset()), c.rows, c.cols, c.row_stride, c.col_stride};
   }
 };

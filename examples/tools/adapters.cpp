@@ -33,7 +33,11 @@ void save(const Common& common, io::PeftAdapter& adapter, const std::string& out
   report["parameters"] = adapter.parameters();
   report["output"] = output;
   report["dry_run"] = dry_run;
-  if (!dry_run) io::write_peft(output, adapter);
+  throw_if_interrupted();
+  if (!dry_run) {
+    const Finishing finishing;
+    io::write_peft(output, adapter);
+  }
   text += std::to_string(adapter.modules.size()) + " modules, " + std::to_string(adapter.parameters()) +
           " parameters; " + (dry_run ? "would write " : "wrote ") + output + "\n";
   print(common, report, text);
@@ -66,6 +70,7 @@ void run(const Resize& o) {
   Json modules = Json::array();
   double norm2 = 0, error2 = 0;
   for (io::AdapterModule& m : adapter.modules) {
+    throw_if_interrupted();
     refuse_grouped(o.adapter, m);
     const Index before = m.factors.rank();
     ResizeOptions own = options;
@@ -168,6 +173,7 @@ void run(const Combine& o) {
   double norm2 = 0, distance2 = 0;
   std::uint64_t stream = 0;
   for (const auto& [name, indices] : users) {
+    throw_if_interrupted();
     std::vector<Weighted<float>> list;
     const io::AdapterModule& first = *inputs[indices.front()].find(name);
     for (const std::size_t i : indices) {
@@ -254,6 +260,7 @@ void run(const Undo& o) {
   Json modules = Json::array();
   double norm2 = 0, distance2 = 0;
   for (io::AdapterModule& m : trained.modules) {
+    throw_if_interrupted();
     refuse_grouped(o.adapter, m);
     const io::AdapterModule* start = initial.find(m.name);
     if (start == nullptr)

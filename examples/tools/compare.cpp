@@ -144,14 +144,17 @@ void run(const Options& o) {
                           norm += double(A.data()[i]) * double(A.data()[i]);
                           difference += std::pow(double(A.data()[i]) - double(B.data()[i]), 2);
                         }
-                        return entry(x.name, leading(A.view(), o.k), leading(B.view(), o.k),
-                                     std::sqrt(difference / norm), o.k);
+                        Json j = entry(x.name, leading(A.view(), o.k), leading(B.view(), o.k),
+                                       std::sqrt(difference / norm), o.k);
+                        say_storage(j, {{"a_scale", &x}, {"b_scale", y}, {"base_scale", w}});
+                        return j;
                       }});
     }
     for (const auto& y : list_b)
       if (selected(y.name, o.filter) && find_matrix(list_a, y.name) == nullptr)
         skipped.push_back({y.name, "is only in B", true});
   }
+  note_quantised(o.scan.common, {&list_a, &list_b, &list_base});
   if (jobs.empty() && skipped.empty()) throw IoError(o.a, "holds no matrices");
   auto result = run_scan(o.scan, "compare", fingerprint({o.a, o.b, o.base}, "compare k " + std::to_string(o.k)), jobs);
   result.skipped.insert(result.skipped.end(), skipped.begin(), skipped.end());

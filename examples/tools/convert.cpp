@@ -57,7 +57,9 @@ void run(const Options& o) {
   if (o.to == "npz" && !adapter.saved.empty())
     throw IoError(o.adapter, adapter.saved[0].spec.name,
                   "is a whole tensor saved with the adapter, which the .npz form does not hold");
+  throw_if_interrupted();
   if (!o.dry_run) {
+    const Finishing finishing;
     if (gguf) {
       gguf->write(o.output);
     } else if (o.to == "npz") {

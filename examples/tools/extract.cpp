@@ -72,6 +72,9 @@ void run(const Options& o) {
     if (t->shape() != w.shape())
       throw IoError(o.tuned, w.name(),
                     "has shape " + io::shape_text(t->shape()) + ", the base has " + io::shape_text(w.shape()));
+    // Eight bits need the scale that is kept elsewhere.
+    for (const io::TensorView& stored : {w, *t})
+      with_stored_type(stored, "; extract takes F32, F64, BF16 and F16", [](auto) {});
   }
   note(o.common, chosen.summary());
 
@@ -87,6 +90,7 @@ void run(const Options& o) {
   {
     Progress progress(o.common, "extract", total);
     for (const std::size_t i : chosen.selected) {
+      throw_if_interrupted();
       const io::TensorView& w = modules.weights[i];
       const io::TensorView t = tuned[w.name()];
       const auto done = [&] {
@@ -106,6 +110,7 @@ void run(const Options& o) {
       Extracted<float> e;
       RankChoice choice;
       for (;; tried = std::min(2 * tried, cap)) {
+        throw_if_interrupted();
         e = extracted(t, w, tried, CounterRng(o.seed, 2).bits(i));
         const std::span<const float> sigma(e.sigma);
         choice = o.rank > 0     ? RankChoice{.rank = o.rank}
@@ -143,6 +148,7 @@ void run(const Options& o) {
   // What an adapter cannot carry: differences elsewhere.
   std::size_t elsewhere = 0;
   base.for_each([&](const io::TensorView& w) {
+    throw_if_interrupted();
     const auto suffix = std::string_view(".weight").size();
     const auto at = w.name().ends_with(".weight")
                         ? modules.find(std::string_view(w.name()).substr(0, w.name().size() - suffix))
@@ -164,7 +170,11 @@ void run(const Options& o) {
   std::sort(adapter.modules.begin(), adapter.modules.end(),
             [](const auto& a, const auto& b) { return a.name < b.name; });
   io::describe_modules(adapter);
-  if (!o.dry_run) io::write_peft(o.output, adapter);
+  if (!o.dry_run) {
+    throw_if_interrupted();
+    const Finishing finishing;
+    io::write_peft(o.output, adapter);
+  }
   const double error = norm2 > 0 ? std::sqrt(error2 / norm2) : 0;
   const Json report = {{"command", "extract"},
                        {"applied", adapter.modules.size()},

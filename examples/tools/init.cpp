@@ -221,10 +221,8 @@ void run(Options& o) {
   const auto seed_of = [&](std::size_t i) { return CounterRng(o.seed, 1).bits(i); };
 
   const auto started = std::chrono::steady_clock::now();
+  std::unique_ptr<Finishing> finishing;  // of base and adapter together: one without the other is of no use
   if (changed) {
-    std::uint64_t all = 0;
-    checkpoint.for_each([&](const TensorView& t) { all += t.bytes().size(); });
-    Progress progress(o.common, o.method.method, all);
     const auto rewrite = [&](const TensorView& t) -> std::optional<io::TensorRewrite> {
       const auto suffix = std::string_view(".weight").size();
       const auto at = t.name().ends_with(".weight")
@@ -243,6 +241,7 @@ void run(Options& o) {
             clock = std::chrono::steady_clock::now();
             Outcome outcome = initialise(o.method, weight, modules.infos[i], transposed, seed_of(i));
             times.compute += since(clock);
+            throw_if_interrupted();
             clock = std::chrono::steady_clock::now();
             if (o.packed)
               for (const auto& part : io::bitsandbytes_tensors(weight.name(), outcome.quantised, packed_dtype(weight)))
@@ -254,13 +253,13 @@ void run(Options& o) {
           }};
     };
     auto clock = std::chrono::steady_clock::now();
-    io::rewrite_checkpoint(checkpoint, base_directory, rewrite,
-                           [&](const TensorView& t) { progress.advance(t.bytes().size(), t.name()); });
+    finishing = rewrite_interruptibly(o.common, o.method.method, checkpoint, base_directory, rewrite);
     times.write += std::max(0.0, since(clock) - times.read - times.compute - times.write);  // copies and fsync
     copy_model_files(o.checkpoint, base_directory);
   } else {
     Progress progress(o.common, o.method.method, total_bytes);
     for (std::size_t k = 0; k < chosen.selected.size(); ++k) {
+      throw_if_interrupted();
       const std::size_t i = chosen.selected[k];
       const TensorView& weight = modules.weights[i];
       const auto clock = std::chrono::steady_clock::now();
@@ -271,12 +270,15 @@ void run(Options& o) {
       weight.drop();
       progress.advance(weight.bytes().size(), modules.infos[i].name);
     }
+    throw_if_interrupted();
+    finishing = std::make_unique<Finishing>();
   }
   std::sort(adapter.modules.begin(), adapter.modules.end(),
             [](const auto& a, const auto& b) { return a.name < b.name; });
   if (eva) describe_modules(adapter);  // ranks and alphas that differ become patterns
   const auto clock = std::chrono::steady_clock::now();
   io::write_peft(o.output, adapter);
+  finishing.reset();
   times.write += since(clock);
   const double seconds = since(started);
   report["seconds"] = {{"total", seconds}, {"read", times.read}, {"compute", times.compute}, {"write", times.write}};

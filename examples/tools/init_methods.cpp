@@ -209,6 +209,7 @@ EvaPlan plan_eva(const MethodOptions& o, const Modules& modules, const std::vect
   EvaPlan plan;
   std::vector<std::vector<double>> explained;
   for (const std::size_t i : selected) {
+    throw_if_interrupted();
     const ModuleInfo& info = modules.infos[i];
     const Index in = transposed ? info.rows : info.cols;
     const ActivationEntry entry = find_activations(*o.data, info.name, in);

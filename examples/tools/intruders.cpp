@@ -64,8 +64,10 @@ void run(const Options& o) {
       jobs.push_back({module.name, w->bytes(), cost(m, n), [&o, &module, w, transposed] {
                         const Matrix<float> W = values_of<float>(*w);
                         const MatrixView<const float> v = W.view();
-                        return entry(module.name, module.factors.out_features(), module.factors.in_features(),
-                                     find_intruders(transposed ? v.transposed() : v, module.factors, o.intruders));
+                        Json j = entry(module.name, module.factors.out_features(), module.factors.in_features(),
+                                       find_intruders(transposed ? v.transposed() : v, module.factors, o.intruders));
+                        say_storage(j, {{"base_scale", w}});
+                        return j;
                       }});
     }
   } else {
@@ -86,13 +88,16 @@ void run(const Options& o) {
       }
       jobs.push_back({t.name, t.bytes() + b->bytes(), cost(t.rows, t.cols), [&o, &t, b] {
                         const Matrix<float> W = values_of<float>(*b), W1 = values_of<float>(t);
-                        return entry(t.name, t.rows, t.cols, find_intruders(W, W1, o.intruders));
+                        Json j = entry(t.name, t.rows, t.cols, find_intruders(W, W1, o.intruders));
+                        say_storage(j, {{"base_scale", b}, {"tuned_scale", &t}});
+                        return j;
                       }});
     }
     for (const auto& b : list)
       if (selected(b.name, o.filter) && find_matrix(tuned_list, b.name) == nullptr)
         skipped.push_back({b.name, "is only in the base", true});
   }
+  note_quantised(o.scan.common, {&list, &tuned_list});
   if (jobs.empty() && skipped.empty()) throw IoError(o.base, "holds no matrices");
   const std::string settings = lowrank::detail::text("intruders k ", o.intruders.k, " epsilon ", o.intruders.epsilon);
   auto result = run_scan(o.scan, "intruders", fingerprint({o.base, o.tuned}, settings), jobs);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // lowrank: initialise, extract, merge, convert and inspect low-rank adapters of real checkpoints.
 //
-// Exit codes: 0 done, 1 the input was wrong (one line on stderr says what), 2 usage.
+// Exit codes: 0 done, 1 the input was wrong (one line on stderr says what), 2 usage, 130 SIGINT (Ctrl-C), 143 SIGTERM.
 #include <lowrank/core/errors.hpp>
 #include <lowrank/core/version.hpp>
 
@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <new>
 
+#include "interrupt.hpp"
 #include "tool.hpp"
 
 namespace lowrank::tool {
@@ -41,13 +42,19 @@ int run(int argc, char** argv) {
   auto list = entries();
   std::sort(list.begin(), list.end(), [](const Entry& a, const Entry& b) { return a.order < b.order; });
   for (const Entry& e : list) e.add(app);
+  for (CLI::App* sub : app.get_subcommands(nullptr))
+    sub->preparse_callback([name = sub->get_name()](std::size_t) { describe_interruption(name); });
   try {
+    watch_for_interrupts();
     app.parse(argc, argv);
     if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) return complain(1, "cannot write the report to stdout");
     return 0;
   } catch (const CLI::ParseError& e) {
     if (e.get_exit_code() == 0) return app.exit(e);  // --help, --version
     return complain(2, std::string(e.what()) + " (see lowrank --help)");
+  } catch (const Interrupted& e) {
+    say_interrupted();
+    return e.exit_code();
   } catch (const UsageError& e) {
     return complain(2, e.what());
   } catch (const Error& e) {

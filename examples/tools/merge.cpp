@@ -236,6 +236,7 @@ void run(const Options& o) {
   };
   if (o.dry_run) {
     for (std::size_t k = 0; k < where.size(); ++k) {
+      throw_if_interrupted();
       MergeReport r;
       Options lossy = o;
       lossy.allow_lossy = true;
@@ -248,11 +249,7 @@ void run(const Options& o) {
       account(adapter.modules[k].name, size_of(k), r);
     }
   } else {
-    std::uint64_t all = 0;
-    base.for_each([&](const io::TensorView& t) { all += t.bytes().size(); });
-    Progress progress(o.common, "merge", all);
-    io::rewrite_checkpoint(base, o.output, rewrite,
-                           [&](const io::TensorView& t) { progress.advance(t.bytes().size(), t.name()); });
+    const auto finishing = rewrite_interruptibly(o.common, "merge", base, o.output, rewrite);
     if (!o.output.ends_with(".safetensors")) copy_model_files(o.base, o.output);
   }
   const double lost = intended2 > 0 ? std::sqrt(lost2 / intended2) : 0, share = values > 0 ? changed / values : 0;

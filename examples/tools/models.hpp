@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "interrupt.hpp"
 #include "lowrank/io/checkpoint.hpp"
 #include "lowrank/io/peft.hpp"
 #include "lowrank/model/targets.hpp"
@@ -89,6 +90,25 @@ void expect_different(const std::string& input, const std::string& output);
 
 /// Copies the small files that make a directory a model (config.json, the tokenizer), where they exist.
 void copy_model_files(const std::string& checkpoint, const std::string& directory);
+
+/// rewrite_checkpoint with a progress bar, stopping between tensors when interrupted. When all of them are computed
+/// nothing stops it any more; that lasts as long as what it returns, for the files that belong beside the new weights.
+template <class Rewrite>
+[[nodiscard]] std::unique_ptr<Finishing> rewrite_interruptibly(const Common& common, const std::string& what,
+                                                               const io::Checkpoint& from, const std::string& output,
+                                                               Rewrite&& rewrite) {
+  std::uint64_t bytes = 0;
+  from.for_each([&](const io::TensorView& t) { bytes += t.bytes().size(); });
+  std::size_t left = from.size();
+  Progress progress(common, what, bytes);
+  std::unique_ptr<Finishing> finishing;
+  io::rewrite_checkpoint(from, output, rewrite, [&](const io::TensorView& t) {
+    progress.advance(t.bytes().size(), t.name());
+    throw_if_interrupted();
+    if (--left == 0) finishing = std::make_unique<Finishing>();
+  });
+  return finishing;
+}
 
 /// "%.4g".
 std::string number(double x);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The page of a report, and `lowrank report`, which makes one from JSON files written earlier.
 #include "report_html.hpp"
+#include "interrupt.hpp"
 
 #include <algorithm>
 #include <cstdio>
@@ -262,6 +263,8 @@ void run(const Options& o) {
       throw IoError(path, "is the report of another command than the first");
     reports.push_back(std::move(j));
   }
+  throw_if_interrupted();
+  const Finishing finishing;
   const auto pictures = draw_pictures(reports, nullptr);
   if (!pictures.problem.empty()) note(o.common, pictures.problem);
   try {

@@ -157,7 +157,7 @@ const char* verdict(double top, double edge) { return top == 0 ? "zero" : top <=
 Json weight_entry(const MatrixTensor& w, const Options& o) {
   Json j = entry(w.name, w.rows, w.cols, "weight");
   j["dtype"] = w.stored_as();
-  if (w.packed != nullptr) j["dequantised"] = true;
+  say_storage(j, {{"scale", &w}});
   w.tensor.populate();
   if (w.tensor.dtype() == io::Dtype::F64)
     analyse<double>(j, values_of<double>(w).view(), o);
@@ -171,9 +171,13 @@ template <class T>
 Json difference_entry(const MatrixTensor& tuned, const MatrixTensor& base, const Options& o) {
   Json j = entry(tuned.name, tuned.rows, tuned.cols, "difference");
   j["dtype"] = tuned.stored_as();
-  if (tuned.packed != nullptr || base.packed != nullptr) j["dequantised"] = true;
-  if ((tuned.packed != nullptr) != (base.packed != nullptr))
-    j["note"] = "one side is stored in 4 bits: the difference holds the error of that storage";
+  say_storage(j, {{"scale", &tuned}, {"base_scale", &base}});
+  if (const int a = tuned.quantised_bits(), b = base.quantised_bits(); a != b)
+    j["note"] = lowrank::detail::text("one side is stored in ",
+                                      a == 0   ? b
+                                      : b == 0 ? a
+                                               : std::min(a, b),
+                                      " bits: the difference holds the error of that storage");
   Matrix<T> W = values_of<T>(tuned);
   const Matrix<T> W0 = values_of<T>(base);
   Json sides = Json::object();
@@ -213,6 +217,7 @@ Json adapter_entry(const io::AdapterModule& module, const MatrixTensor* weight, 
   j["verdict"] = verdict(sv.values.empty() ? 0 : sv.values[0], 0);
   if (!module.magnitude.empty()) j["note"] = "DoRA: the spectrum is that of s·B·A, before the magnitudes";
   if (weight != nullptr) {
+    say_storage(j, {{"weight_scale", weight}});
     double sum = 0;
     const auto W = values_of<float>(*weight);
     for (Index i = 0; i < W.size(); ++i) sum += double(W.data()[i]) * double(W.data()[i]);
@@ -311,11 +316,7 @@ void run(const Options& o) {
       if (selected(w.name, o.filter))
         jobs.push_back({w.name, w.bytes(), cost(w.rows, w.cols), [&o, &w] { return weight_entry(w, o); }});
   }
-  for (const std::vector<MatrixTensor>* list : {&all, &std::as_const(base_list)})
-    if (const auto packed =
-            std::count_if(list->begin(), list->end(), [](const auto& w) { return w.packed != nullptr; });
-        packed > 0)
-      note(o.scan.common, std::to_string(packed) + " quantised weights are dequantised for the analysis");
+  note_quantised(o.scan.common, {&all, &base_list});
   if (jobs.empty() && skipped.empty()) throw IoError(o.checkpoint, "holds no matrices");
   if (jobs.empty() && !o.filter.empty()) throw UsageError("--filter " + o.filter + " selects nothing");
   const std::string settings = "spectrum top " + std::to_string(o.top) + (o.values ? " values" : "") +

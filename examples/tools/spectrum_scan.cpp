@@ -15,6 +15,7 @@
 #include <map>
 #include <optional>
 
+#include "interrupt.hpp"
 #include "lowrank/core/threads.hpp"
 #include "lowrank/io/file.hpp"
 #include "lowrank/spectrum/balance.hpp"
@@ -156,7 +157,7 @@ void ScanOptions::add_to(CLI::App* sub) {
 
 std::string fingerprint(const std::vector<std::string>& paths, const std::string& options) {
   namespace fs = std::filesystem;
-  std::string s = "lowrank 1 " + options;
+  std::string s = "lowrank 2 " + options;
   const auto stamp = [&](const fs::path& p) {
     struct stat info {};
     if (::stat(p.c_str(), &info) == 0 && S_ISREG(info.st_mode))
@@ -201,6 +202,9 @@ ScanResult run_scan(const ScanOptions& o, const std::string& what, const std::st
   } catch (const Error& e) {
     fatal = e.what();
   }
+  describe_interruption(
+      what, r.journal.empty() ? "nothing was written"
+                              : "finished matrices are kept in " + r.journal + ", from which the same command goes on");
   std::vector<std::size_t> todo;
   std::uint64_t bytes = 0;
   for (std::size_t i = 0; i < jobs.size(); ++i) {
@@ -219,6 +223,7 @@ ScanResult run_scan(const ScanOptions& o, const std::string& what, const std::st
   common.quiet = common.quiet || rank != 0;
   Progress progress(common, what, bytes);
   const auto work = [&](std::size_t i) {
+    if (interrupted() != 0) return;
     Json result;
     std::string error;
     try {
@@ -252,6 +257,13 @@ ScanResult run_scan(const ScanOptions& o, const std::string& what, const std::st
   } else {
     for (const std::size_t i : todo) work(i);
   }
+#if defined(LOWRANK_TOOL_MPI)
+  if (const int signal = interrupted(); signal != 0) {  // nobody may wait for this rank
+    say_interrupted();
+    MPI_Abort(MPI_COMM_WORLD, Interrupted{signal}.exit_code());
+  }
+#endif
+  throw_if_interrupted();
 #if defined(LOWRANK_TOOL_MPI)
   Json mine = Json::array();
   for (std::size_t i = 0; i < jobs.size(); ++i)
@@ -289,6 +301,8 @@ void finish_scan(const ScanOptions& o, ScanResult&& r, Json header, const std::s
     if (!r.journal.empty()) std::filesystem::remove(r.journal, ignored);
   };
   if (!r.leader) return drop_journal();  // its results are with the leader
+  throw_if_interrupted();
+  const Finishing finishing;
   std::vector<Skipped> faults;
   std::size_t vectors = 0, others = 0;
   for (const Skipped& s : r.skipped) {
@@ -360,12 +374,15 @@ std::vector<MatrixTensor> matrices_of(const io::Checkpoint& checkpoint, std::vec
         return !io::bitsandbytes_type(checkpoint, name.substr(0, name.size() - std::strlen(part))).empty();
     return name.find(io::detail::bnb_state) != std::string::npos;
   };
+  const auto add = [&](const std::string& name, const io::TensorView& t, Index rows, Index cols, Index slice) {
+    list.push_back({name, t, rows, cols, slice, {}, nullptr, io::is_float8(t.dtype()) ? &checkpoint : nullptr});
+  };
   checkpoint.for_each([&](const io::TensorView& t) {
     const auto& s = t.shape();
-    if (belongs_to_packed(t.name())) return;
+    if (belongs_to_packed(t.name()) || io::is_float8_scale(checkpoint, t.name())) return;
     if (const std::string type = io::bitsandbytes_type(checkpoint, t.name()); !type.empty()) {
       const auto [m, n] = packed_shape(checkpoint, t.name(), type);
-      list.push_back({t.name(), t, m, n, 0, type, &checkpoint});
+      list.push_back({t.name(), t, m, n, 0, type, &checkpoint, nullptr});
     } else if (s.size() < 2) {
       skipped.push_back({t.name(), "has fewer than two dimensions"});
     } else if (!io::is_convertible_float(t.dtype())) {
@@ -374,13 +391,39 @@ std::vector<MatrixTensor> matrices_of(const io::Checkpoint& checkpoint, std::vec
       skipped.push_back({t.name(), "is empty"});
     } else if (s.size() == 3) {  // a stack of matrices: experts
       for (Index e = 0; e < Index(s[0]); ++e)
-        list.push_back({t.name() + "[" + std::to_string(e) + "]", t, Index(s[1]), Index(s[2]), e});
+        add(t.name() + "[" + std::to_string(e) + "]", t, Index(s[1]), Index(s[2]), e);
     } else {
-      list.push_back({t.name(), t, Index(s[0]), t.size() / Index(s[0]), 0});
+      add(t.name(), t, Index(s[0]), t.size() / Index(s[0]), 0);
     }
   });
   std::sort(list.begin(), list.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
   return list;
+}
+
+void say_storage(Json& j, std::initializer_list<std::pair<const char*, const MatrixTensor*>> matrices) {
+  for (const auto& [key, m] : matrices) {
+    if (m == nullptr) continue;
+    if (m->packed != nullptr) j["dequantised"] = true;
+    if (m->float8 == nullptr) continue;
+    const auto scales = io::float8_scales(*m->float8, m->tensor, m->slice);
+    if (!scales.name.empty()) j["dequantised"] = true;
+    j[key] = scales.name.empty() ? "none" : scales.name + ", one a " + scales.per();
+  }
+}
+
+void note_quantised(const Common& common, std::initializer_list<const std::vector<MatrixTensor>*> lists) {
+  for (const auto* list : lists) {
+    std::size_t dequantised = 0, bare = 0;
+    for (const MatrixTensor& m : *list) {
+      const bool scaled = m.float8 != nullptr && !io::float8_scale_name(*m.float8, m.tensor.name()).empty();
+      dequantised += m.packed != nullptr || scaled;
+      bare += m.float8 != nullptr && !scaled;
+    }
+    if (dequantised > 0)
+      note(common, std::to_string(dequantised) + " quantised weights are dequantised for the analysis");
+    if (bare > 0)
+      note(common, std::to_string(bare) + " 8-bit weights have no scale: their values are taken as they are");
+  }
 }
 
 const MatrixTensor* find_matrix(const std::vector<MatrixTensor>& list, const std::string& name) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "lowrank/io/bitsandbytes.hpp"
+#include "lowrank/io/float8.hpp"
 #include "models.hpp"
 
 namespace lowrank::tool {
@@ -62,14 +63,15 @@ std::string fingerprint(const std::vector<std::string>& paths, const std::string
 /// x, or null when it is not finite.
 inline Json finite(double x) { return std::isfinite(x) ? Json(x) : Json(nullptr); }
 
-/// One matrix of a checkpoint: a tensor of two dimensions, a convolution folded to two, a slice of a stack of three, or
-/// a 4-bit weight of bitsandbytes, which is dequantised when its values are asked for.
+/// One matrix of a checkpoint: a tensor of two dimensions, a convolution folded to two, a slice of a stack of three.
+/// A 4-bit weight of bitsandbytes and an 8-bit one with its scales are dequantised when their values are asked for.
 struct MatrixTensor {
   std::string name;  ///< with "[e]" for a slice
   io::TensorView tensor;
   Index rows = 0, cols = 0, slice = 0;
   std::string quantised = {};              ///< "nf4", "fp4"; empty for floating-point storage
-  const io::Checkpoint* packed = nullptr;  ///< where a quantised weight's parts are
+  const io::Checkpoint* packed = nullptr;  ///< where a 4-bit weight's parts are
+  const io::Checkpoint* float8 = nullptr;  ///< where an 8-bit weight's scales are looked for
 
   [[nodiscard]] std::uint64_t bytes() const {
     return std::uint64_t(rows) * std::uint64_t(cols) * std::uint64_t(io::dtype_bits(tensor.dtype())) /
@@ -78,10 +80,17 @@ struct MatrixTensor {
   [[nodiscard]] std::string stored_as() const {
     return packed != nullptr ? quantised : std::string(io::dtype_name(tensor.dtype()));
   }
+  /// 4 or 8 for a quantised weight, 0 for any other.
+  [[nodiscard]] int quantised_bits() const { return packed != nullptr ? 4 : float8 != nullptr ? 8 : 0; }
   [[nodiscard]] bool is_16_bit() const {
     return packed == nullptr && (tensor.dtype() == io::Dtype::BF16 || tensor.dtype() == io::Dtype::F16);
   }
 };
+/// Says in the entry of a report how its matrices are stored: "dequantised", and for 8-bit ones under the key given
+/// what their scales are ("none" where there is none). A null matrix is passed over.
+void say_storage(Json& j, std::initializer_list<std::pair<const char*, const MatrixTensor*>> matrices);
+/// Notes on stderr how many matrices are dequantised, and how many have 8 bits without a scale.
+void note_quantised(const Common& common, std::initializer_list<const std::vector<MatrixTensor>*> lists);
 std::vector<MatrixTensor> matrices_of(const io::Checkpoint& checkpoint, std::vector<Skipped>& skipped);
 const MatrixTensor* find_matrix(const std::vector<MatrixTensor>& list, const std::string& name);
 /// Whether name contains the filter (empty: everything).
@@ -91,6 +100,7 @@ bool selected(const std::string& name, const std::string& filter);
 template <Real T>
 Matrix<T> values_of(const MatrixTensor& m) {
   if (m.packed != nullptr) return io::read_bitsandbytes<T>(*m.packed, m.name).dequantise();
+  if (m.float8 != nullptr) return io::read_float8<T>(*m.float8, m.tensor, m.slice);
   Matrix<T> out;
   out.resize(m.rows, m.cols);
   const std::size_t bytes = std::size_t(m.bytes());

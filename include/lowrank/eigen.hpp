@@ -65,6 +65,7 @@ struct ViewTraits<X> {
  private:
   template <class T>
   static MatrixView<T> make(T* data, const X& x) {
+    detail::expect_unit_stride(x.rows(), x.cols(), x.rowStride(), x.colStride(), ", with .eval() for example");
     return {data, x.rows(), x.cols(), x.rowStride(), x.colStride()};
   }
 };

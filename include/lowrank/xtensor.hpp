@@ -109,6 +109,7 @@ struct ViewTraits<X> {
     const detail::Collapsed c = detail::collapse(
         "view_of(xtensor)", "copy it into a row-major container first (xt::eval or xt::xtensor<T, N> y = x)", x.shape(),
         x.strides());
+    detail::expect_unit_stride(c.rows, c.cols, c.row_stride, c.col_stride, ", with xt::eval for example");
     return {data + Index(x.data_offset()), c.rows, c.cols, c.row_stride, c.col_stride};
   }
 };

@@ -85,7 +85,10 @@ TEST_CASE("a stride along an extent of 0 or 1 may be anything and comes out regu
 TEST_CASE("what no view can express is a ShapeError that says what came") {
   std::vector<float> raw(64);
   CHECK_THROWS_WITH_AS(MatrixView<float>(raw.data(), -1, 2, 2, 1), doctest::Contains("negative, got -1x2"), ShapeError);
-  CHECK_THROWS_WITH_AS(MatrixView<float>(raw.data(), 3, 4, 8, 2), doctest::Contains("row stride 8 and column stride 2"),
+  // The core knows no other library's way to copy; the front ends end the sentence.
+  CHECK_THROWS_WITH_AS(MatrixView<float>(raw.data(), 3, 4, 8, 2),
+                       "MatrixView: one stride must be 1 (rows or columns contiguous), got row stride 8 and column "
+                       "stride 2; copy the matrix into contiguous storage first",
                        ShapeError);
   CHECK_THROWS_WITH_AS(MatrixView<float>(raw.data(), 3, 4, 3, 1), doctest::Contains("leading dimension 3 is shorter"),
                        ShapeError);

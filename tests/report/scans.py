@@ -46,7 +46,7 @@ def save(path, tensors):
     for name, (dtype, shape, values) in tensors.items():
         code = {"F32": lambda v: struct.pack(f"<{len(v)}f", *v), "F64": lambda v: struct.pack(f"<{len(v)}d", *v),
                 "BF16": lambda v: struct.pack(f"<{len(v)}H", *map(bf16, v)), "I64": lambda v: struct.pack(f"<{len(v)}q", *v),
-                "U8": bytes}
+                "U8": bytes, "F8_E4M3": bytes, "F8_E5M2": bytes, "F8_E8M0": bytes}
         raw = code[dtype](values)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
@@ -140,6 +140,21 @@ def pack_nf4(name, m, n, values, nested):
     text = json.dumps(state).encode()
     tensors[name + ".quant_state.bitsandbytes__nf4"] = ("U8", [len(text)], text)
     return tensors, stands_for
+
+
+def f8(code, exponent_bits):
+    """What a byte stands for in E4M3 (exponent_bits 4) or E5M2 (5), from the definition of the formats."""
+    mantissa_bits = 7 - exponent_bits
+    bias = 2 ** (exponent_bits - 1) - 1
+    exponent, mantissa = code >> mantissa_bits & (2**exponent_bits - 1), code & (2**mantissa_bits - 1)
+    size = mantissa * 2.0 ** (1 - bias - mantissa_bits) if exponent == 0 else (1 + mantissa / 2**mantissa_bits) * 2.0 ** (exponent - bias)
+    return -size if code & 128 else size
+
+
+def random_f8(count, exponent_bits):
+    """Codes of finite numbers: of E4M3 all but the two with every other bit set, of E5M2 those below the largest exponent."""
+    codes = [c for c in range(256) if (c & 127 != 127 if exponent_bits == 4 else c & 127 < 124)]
+    return [rng.choice(codes) for _ in range(count)]
 
 
 def disk_of(size):
@@ -292,6 +307,95 @@ try:
         check(x["metrics"]["spectral_norm"] < 1e-6 and "4 bits" in x["note"], "packed and dequantised are the same weight")
     run("intruders", at("packed.safetensors"), at("dequantised.safetensors"), "--k", "3", "--json", at("pi.json"))
     check(all(x["intruders"] == [] for x in json.load(open(at("pi.json")))["matrices"]), "no intruders in the same weight")
+
+    # 8-bit weights with the scales real checkpoints keep for them. A code has four bits that count and a scale at most 24: Python's
+    # product is exact, and rounding it to float is what the program must come to. So the difference to that is zero, not small.
+    scaled, stands_for, said = {}, {}, {}
+
+    def eight(name, shape, scale, scale_name, scale_shape, scale_dtype="F32", bits=4, per=""):
+        """`scale`: a function of the indices (matrix, row, column) → position among the scales."""
+        matrices, m, n = shape if len(shape) == 3 else (1, *shape)
+        codes = random_f8(matrices * m * n, bits)
+        count = math.prod(scale_shape)
+        if scale_dtype == "F8_E8M0":
+            stored = [rng.randrange(100, 140) for _ in range(count)]
+            scales = [2.0 ** (c - 127) for c in stored]
+        else:
+            scales = stored = rounded([rng.uniform(1e-4, 1e-2) for _ in range(count)])
+            if scale_dtype == "BF16":
+                scales = [struct.unpack("<f", struct.pack("<I", bf16(x) << 16))[0] for x in stored]
+        scaled[name] = ("F8_E4M3" if bits == 4 else "F8_E5M2", shape, codes)
+        if scale_name:
+            scaled[scale_name] = (scale_dtype, scale_shape, stored)
+        for e in range(matrices):
+            values = [f8(codes[(e * m + i) * n + j], bits) * (scales[scale(e, i, j)] if scale_name else 1) for i in range(m) for j in range(n)]
+            key = name + (f"[{e}]" if len(shape) == 3 else "")
+            stands_for[key] = ("F32", [m, n], rounded(values))
+            said[key] = f"{scale_name}, one a {per}" if scale_name else "none"
+
+    block, row, one = "128x128 block", "row", "tensor"
+    eight("l.0.blocks.weight", [150, 140], lambda e, i, j: i // 128 * 2 + j // 128, "l.0.blocks.weight_scale_inv", [2, 2], per=block)
+    eight("l.0.short.weight", [300, 20], lambda e, i, j: i // 128, "l.0.short.weight_scale_inv", [3, 1], "BF16", per=block)
+    eight("l.0.rows.weight", [24, 20], lambda e, i, j: i, "l.0.rows.weight_scale", [24, 1], "BF16", per=row)
+    eight("l.0.flat.weight", [24, 20], lambda e, i, j: i, "l.0.flat.weight_scale", [24], per=row)
+    eight("l.0.one.weight", [24, 20], lambda e, i, j: 0, "l.0.one.weight_scale", [], per=one)
+    eight("l.0.comfy.weight", [24, 20], lambda e, i, j: 0, "l.0.comfy.scale_weight", [1], bits=5, per=one)
+    eight("l.0.sibling.weight", [24, 20], lambda e, i, j: 0, "l.0.sibling.scale", [1, 1], per=one)
+    eight("l.0.micro.weight", [10, 70], lambda e, i, j: i * 3 + j // 32, "l.0.micro.weight_scale", [10, 3], "F8_E8M0", per="1x32 block")
+    eight("l.0.each", [3, 10, 12], lambda e, i, j: e, "l.0.each_scale", [3, 1, 1], per=one)
+    eight("l.0.stack", [3, 10, 12], lambda e, i, j: e * 10 + i, "l.0.stack_scale", [3, 10, 1], per=row)
+    eight("l.0.grids", [2, 130, 12], lambda e, i, j: e * 2 + i // 128, "l.0.grids_scale_inv", [2, 2, 1], per=block)
+    eight("l.0.bare.weight", [24, 20], None, None, [])
+    scaled["l.0.rows.input_scale"] = ("F32", [1], [0.5])
+    save(at("scaled.safetensors"), scaled)
+    # Named as tensors of their own: a slice has no name in a file, so the stacks come back as they were.
+    plain = {k: v for k, v in stands_for.items() if "[" not in k}
+    for name in ("l.0.each", "l.0.stack", "l.0.grids"):
+        slices = [v for k, v in stands_for.items() if k.startswith(name + "[")]
+        plain[name] = ("F32", [len(slices), *slices[0][1]], [x for s in slices for x in s[2]])
+    save(at("unscaled.safetensors"), plain)
+    r = run("spectrum", at("scaled.safetensors"), "--base", at("unscaled.safetensors"), "--json", at("scaled.json"), "--csv", at("scaled.csv"))
+    check(f"{len(stands_for) - 1} quantised weights are dequantised" in r.stderr, f"scales are said: {r.stderr}")
+    check("1 8-bit weights have no scale: their values are taken as they are" in r.stderr, f"and that there is none: {r.stderr}")
+    j = json.load(open(at("scaled.json")))
+    check([x["name"] for x in j["matrices"]] == sorted(stands_for), f"the weights, and not their scales: {[x['name'] for x in j['matrices']]}")
+    check([x["name"] for x in j["skipped"]] == ["l.0.rows.input_scale"], f"scales of weights are no skipped tensors: {j['skipped']}")
+    for x in j["matrices"]:
+        check(x["verdict"] == "zero", f"{x['name']}: what the code and the scale stand for, exactly")
+        check(x["scale"] == said[x["name"]] and x["dtype"] == scaled[x["name"].partition("[")[0]][0], f"{x['name']}: {x['scale']}")
+        check(x.get("dequantised", False) == (x["scale"] != "none") and "8 bits" in x["note"], f"{x['name']}: dequantised is said")
+    run("spectrum", at("scaled.safetensors"), "--filter", "l.0.r", "--values", "--json", at("rows.json"), "-q")
+    for x in json.load(open(at("rows.json")))["matrices"]:
+        s = jacobi_values(stands_for[x["name"]][2], x["rows"], x["cols"])
+        check(x["scale"] == said[x["name"]] and max(abs(a - b) for a, b in zip(s, x["singular_values"])) <= 1e-6 * s[0], "values of an 8-bit weight")
+    r = run("compare", at("scaled.safetensors"), at("unscaled.safetensors"), "--json", at("cs.json"), "-k", "3")
+    check("quantised weights are dequantised" in r.stderr, f"compare says so: {r.stderr}")
+    for x in json.load(open(at("cs.json")))["matrices"]:
+        check(x["relative_difference"] == 0 and x["a_scale"] == said[x["name"]] and "b_scale" not in x, f"compare: {x['name']}")
+    r = run("intruders", at("unscaled.safetensors"), at("scaled.safetensors"), "--k", "3", "--json", at("is.json"))
+    check("quantised weights are dequantised" in r.stderr, f"intruders says so: {r.stderr}")
+    for x in json.load(open(at("is.json")))["matrices"]:
+        check(x["intruders"] == [] and x["tuned_scale"] == said[x["name"]], f"intruders: {x['name']}")
+    # Scales that do not fit: each is an error with the names, what was expected and what came. The rest goes on.
+    wrong = dict(scaled)
+    wrong["l.0.rows.weight_scale"] = ("F32", [3, 5], noise(3, 5))
+    wrong["l.0.flat.weight_scale"] = ("I64", [24], range(24))
+    wrong["l.0.one.weight_scale"] = ("F32", [], [math.inf])
+    wrong["l.0.comfy.weight_scale"] = ("F32", [], [1.0])
+    wrong["l.0.stack_scale"] = ("F32", [10, 1], noise(10, 1))
+    save(at("wrong.safetensors"), wrong)
+    run("spectrum", at("wrong.safetensors"), "--json", at("wrong.json"), code=1)
+    j = json.load(open(at("wrong.json")))
+    reasons = {x["name"]: x["reason"] for x in j["failed"]}
+    for name, words in (("l.0.rows.weight", ["weight_scale", "[3, 5]", "[24, 1]", "[1, 1]"]), ("l.0.flat.weight", ["weight_scale", "I64", "F32"]),
+                        ("l.0.one.weight", ["weight_scale", "inf"]), ("l.0.comfy.weight", ["weight_scale", "scale_weight"]),
+                        ("l.0.stack[2]", ["l.0.stack_scale", "[10, 1]", "[3, 10, 1]"])):
+        check(all(word in reasons.get(name, "") for word in words), f"{name}: {reasons.get(name)}")
+    check(len(reasons) == 7 and len(j["matrices"]) == len(stands_for) - 7, f"what does not fit, and nothing else: {sorted(reasons)}")
+    # Commands that would need the scales and do not know them refuse the type.
+    for args in (["extract", at("scaled.safetensors"), at("scaled.safetensors"), "--rank", "2"], ["init", "pissa", at("scaled.safetensors"), "--rank", "2"]):
+        r = run(*args, "-o", at("no"), "--targets", "rows", code=1)
+        check("F8_E4M3" in r.stderr and not os.path.exists(at("no")), f"{args[0]} refuses 8 bits: {r.stderr}")
 
     # The page.
     page, growth = at("page.html"), at("growth.html")

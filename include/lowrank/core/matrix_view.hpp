@@ -16,6 +16,16 @@ using Index = std::ptrdiff_t;
 /// Where consecutive elements lie: along a row, or along a column.
 enum class Order { row_major, col_major };
 
+namespace detail {
+/// Throws ShapeError when neither stride is 1; a stride along an extent of at most 1 is never used and may be anything.
+/// `copy` says how the caller's own containers are copied into contiguous storage, for the end of the message.
+constexpr void expect_unit_stride(Index rows, Index cols, Index row_stride, Index col_stride, const char* copy = "") {
+  if (rows > 1 && cols > 1 && row_stride != 1 && col_stride != 1) [[unlikely]]
+    throw ShapeError(text("MatrixView: one stride must be 1 (rows or columns contiguous), got row stride ", row_stride,
+                          " and column stride ", col_stride, "; copy the matrix into contiguous storage first", copy));
+}
+}  // namespace detail
+
 /// A non-owning rectangle of scalars: element (i, j) is `data[i * row_stride + j * col_stride]`.
 ///
 /// One of the two strides is always 1, so a view is row-major or column-major *at run time*, with a leading dimension
@@ -107,11 +117,7 @@ class MatrixView {
   constexpr void check() const {
     if (rows_ < 0 || cols_ < 0) [[unlikely]]
       throw ShapeError(detail::text("MatrixView: sizes must not be negative, got ", detail::shape_text(rows_, cols_)));
-    if (row_stride_ != 1 && col_stride_ != 1) [[unlikely]]
-      throw ShapeError(detail::text(
-          "MatrixView: one stride must be 1 (rows or columns contiguous), got row stride ", row_stride_,
-          " and column stride ", col_stride_,
-          "; copy the matrix into contiguous storage first (lowrank::Matrix<T>, Eigen .eval(), xt::eval)"));
+    detail::expect_unit_stride(rows_, cols_, row_stride_, col_stride_);
     const Index inner = col_stride_ == 1 ? cols_ : rows_, outer = col_stride_ == 1 ? rows_ : cols_;
     if (outer > 1 && leading_dimension() < inner) [[unlikely]]
       throw ShapeError(detail::text("MatrixView: leading dimension ", leading_dimension(), " is shorter than the ",
@@ -145,7 +151,8 @@ bool overlap(const MatrixView<T>& a, const MatrixView<U>& b) {
   if (sizeof(T) != sizeof(U) || a.row_stride() != b.row_stride() || a.col_stride() != b.col_stride() ||
       bytes % size != 0)
     return true;
-  // b starts `outer` lines and `inner` elements after a; lines that wrap past a's leading dimension start one line later.
+  // b starts `outer` lines and `inner` elements after a; lines that wrap past a's leading dimension start one line
+  // later.
   const Index ld = a.leading_dimension(), distance = bytes / size;
   const Index outer = distance >= 0 ? distance / ld : -((ld - 1 - distance) / ld), inner = distance - outer * ld;
   const bool rows = a.is_row_major();

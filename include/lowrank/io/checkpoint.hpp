@@ -203,7 +203,8 @@ struct TensorRewrite {
 /// `rewrite(tensor)` is asked once for every tensor before anything is written; `nothing` keeps its bytes. Replacements
 /// are made one after the other while streaming, so peak memory is that of one tensor. `progress(tensor)` follows each.
 /// A single file is written as `directory/model.safetensors`, or as `directory` itself when that ends in
-/// ".safetensors". Each file appears whole or not at all, the index last.
+/// ".safetensors". Each file appears whole or not at all, and none before all are complete, the index last: what
+/// throws, `rewrite` and `progress` too, leaves the files that were there.
 /// **Throws** IoError; refuses to write into the directory it reads from.
 template <class Rewrite, class Progress>
 void rewrite_checkpoint(const Checkpoint& from, const std::string& directory, Rewrite&& rewrite, Progress&& progress) {
@@ -216,6 +217,7 @@ void rewrite_checkpoint(const Checkpoint& from, const std::string& directory, Re
     if (failed) throw IoError(directory, "cannot create the directory: " + failed.message());
   }
   std::map<std::string, std::vector<TensorInfo>> written;
+  std::vector<SafeTensorsWriter> complete;
   for (std::size_t s = 0; s < from.shard_count(); ++s) {
     const SafeTensors& shard = from.shard(s);
     const std::string name = sharded ? fs::path(shard.path()).filename().string() : "model.safetensors";
@@ -241,9 +243,10 @@ void rewrite_checkpoint(const Checkpoint& from, const std::string& directory, Re
       t.drop();
       progress(t);
     }
-    out.commit();
     written[name] = out.tensors();
+    complete.push_back(std::move(out));
   }
+  for (SafeTensorsWriter& out : complete) out.commit();
   if (sharded) {
     const std::string index = (fs::path(directory) / fs::path(from.index()).filename()).string();
     write_text(index, safetensors_index(index, written));

@@ -4,9 +4,15 @@
 // Google Benchmark program; arguments of each case are tokens / width / rank, W is width×width, float. `error` is the
 // largest deviation of sampled outputs from a double-precision sum, relative to the largest output.
 // benchmarks/lora_step.py runs it with repetitions in random order beside PyTorch and prints the ratios.
+//
+//   benchmark_lora_step --grid    every rank x tokens x width: frozen and LoRA step in turn, medians, and the median of
+//                                 the pairs' ratios, which a slow drift of the machine leaves alone
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <cstdio>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -116,6 +122,55 @@ void frozen_cases(benchmark::internal::Benchmark* b) {
   b->Unit(benchmark::kMillisecond)->UseRealTime();
 }
 
+double median(std::vector<double> x) {
+  std::nth_element(x.begin(), x.begin() + std::ptrdiff_t(x.size() / 2), x.end());
+  return x[x.size() / 2];
+}
+
+/// One line of the grid: the two steps in turn for about two thirds of a second, at least five times.
+void grid_case(Index tokens, Index width, Index rank) {
+  Problem p(tokens, width, rank), q(tokens, width, rank);
+  FrozenLinear<float> frozen(DenseBase<float>(p.W.view()));
+  LoraLinear<float> lora(DenseBase<float>(p.W.view()), p.factors);
+  LoraWorkspace<float> frozen_ws, lora_ws;
+  const auto seconds = [](auto&& f) {
+    const auto start = std::chrono::steady_clock::now();
+    f();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  const auto frozen_once = [&] {
+    frozen.forward(q.X, q.Y, frozen_ws);
+    frozen.backward(q.X, q.G, frozen_ws, q.dX);
+  };
+  const auto lora_once = [&] {
+    lora.forward(p.X, p.Y, lora_ws);
+    lora.backward(p.X, p.G, lora_ws, p.dX, {.gradients = Update::assign});
+  };
+  frozen_once();
+  const double first = seconds(lora_once);
+  std::vector<double> frozen_times, lora_times, ratios;
+  const int pairs = int(std::clamp(1 / (3 * first), 5.0, 400.0));
+  for (int i = 0; i < pairs; ++i) {
+    frozen_times.push_back(seconds(frozen_once));
+    lora_times.push_back(seconds(lora_once));
+    ratios.push_back(lora_times.back() / frozen_times.back());
+  }
+  const double low = 6.0 * double(rank) * 2 * double(width), all = 4.0 * double(width) * double(width);
+  std::printf("| %td | %td | %td | %.3f | %.3f | %.2f | %.2f | %.0e |\n", width, tokens, rank,
+              1e3 * median(frozen_times), 1e3 * median(lora_times), median(ratios), 1 + low / all,
+              p.error(p.factors.scale));
+}
+
+int grid() {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  std::printf(
+      "| width | tokens | r | frozen, ms | LoRA, ms | ratio | flops | error |\n|---|---|---|---|---|---|---|---|\n");
+  for (const Index width : {1024, 2048, 4096})
+    for (const Index tokens : {1, 64, 512, 2048})
+      for (const Index rank : {8, 16, 64, 256}) grid_case(tokens, width, rank);
+  return 0;
+}
+
 BENCHMARK(gemm_ceiling)->Arg(2048)->Unit(benchmark::kMillisecond)->UseRealTime();
 BENCHMARK(frozen_step)->Apply(frozen_cases);
 BENCHMARK(full_step)->Apply(frozen_cases);
@@ -125,6 +180,7 @@ BENCHMARK(lora_step)->Apply(cases);
 
 /// Google Benchmark's main, with `--smoke` for one quick round of a small case of each kind.
 int main(int argc, char** argv) {
+  if (argc == 2 && std::string_view(argv[1]) == "--grid") return grid();
   std::vector<char*> arguments(argv, argv + argc);
   std::string filter = "--benchmark_filter=step/64/1024/(1|16)/", time = "--benchmark_min_time=0.01";
   if (argc == 2 && std::string_view(argv[1]) == "--smoke") arguments = {argv[0], filter.data(), time.data()};

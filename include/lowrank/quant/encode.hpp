@@ -188,17 +188,7 @@ class Encoder {
     }
   }
 
-  static constexpr Index chunk = 512;
-
- private:
-#if defined(LOWRANK_QUANT_AVX512)
-  using Search = RankSearch;
-  static Search searcher(const Codebook& book) { return RankSearch(book); }
-#else
-  struct Search {};
-  static Search searcher(const Codebook&) { return {}; }
-#endif
-
+  /// The codes of at most a chunk of values x·factor, one byte each; tables only.
   void nearest_codes(const float* x, Index n, float factor, std::uint8_t* codes) const {
     if (book_.levels() > 16) return many_levels(x, n, factor, codes);
     Index i = 0;
@@ -216,6 +206,18 @@ class Encoder {
     ranks_portable(book_, x, int(n), factor, codes);  // at most a chunk
     for (; i < n; ++i) codes[i] = book_.order()[codes[i]];
   }
+
+  static constexpr Index chunk = 512;
+
+ private:
+#if defined(LOWRANK_QUANT_AVX512)
+  using Search = RankSearch;
+  static Search searcher(const Codebook& book) { return RankSearch(book); }
+#else
+  struct Search {};
+  static Search searcher(const Codebook&) { return {}; }
+#endif
+
   void many_levels(const float* x, Index n, float factor, std::uint8_t* codes) const {
     const float* t = book_.thresholds().data();
     const auto last = unsigned(book_.levels() - 1);

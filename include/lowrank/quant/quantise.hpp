@@ -2,6 +2,7 @@
 // quantise: a dense weight to codes and scales, block by block on all threads.
 #pragma once
 
+#include "lowrank/quant/block_scale.hpp"
 #include "lowrank/quant/quantized_matrix.hpp"
 
 namespace lowrank {
@@ -11,7 +12,7 @@ namespace detail {
 template <class T, class S>
 class Quantiser {
  public:
-  Quantiser(QuantizedMatrix<T>& q, MatrixView<const S> W) : q_(q), W_(W), layout_(q.layout_), encoder_(q.codebook()) {}
+  Quantiser(QuantizedMatrix<T>& q, MatrixView<const S> W) : q_(q), W_(W), layout_(q.layout_) {}
 
   void run() {
     const Index blocks = layout_.block_count();
@@ -39,60 +40,27 @@ class Quantiser {
       }
       return;
     }
+    const auto absmax = std::bit_cast<float>(magnitude);
     float& scale = scales_[std::size_t(b)];
-    scale = std::bit_cast<float>(magnitude);
+    if (q_.codebook().kind() == CodebookKind::table && absmax == 0 && q_.options_.double_quantise) {
+      // The scale will come back as nearly, not exactly, zero; only the code of zero still means zero then.
+      scale = absmax;
+      return encoder_.fill_block(n, q_.codebook().nearest(0.0F), out);
+    }
+    const BlockScale chosen = choose_(x, n, absmax, out);
+    scale = chosen.scale;
     switch (q_.codebook().kind()) {
       case CodebookKind::table:
-        if (scale == 0 && q_.options_.double_quantise)
-          // The scale will come back as nearly, not exactly, zero; only the code of zero still means zero then.
-          return encoder_.fill_block(n, q_.codebook().nearest(0.0F), out);
-        if (q_.options_.scale_search > 0) scale = best_scale(x, n, scale, out);
         encoder_.table_block(x, n, scale, out);
         break;
       case CodebookKind::int8:
         encoder_.int8_block(x, n, scale, out);
         break;
       case CodebookKind::affine:
-        scale = affine(b, x, n, out);
+        q_.zeros_[std::size_t(b)] = std::uint8_t(chosen.zero);
+        encoder_.affine_block(x, n, scale, int(chosen.zero), out);
         break;
     }
-  }
-  float affine(Index b, const float* x, Index n, std::uint8_t* out) {
-    float low = 0, high = 0;
-    for (Index i = 0; i < n; ++i) {
-      low = std::min(low, x[i]);
-      high = std::max(high, x[i]);
-    }
-    const int largest = (1 << layout_.bits) - 1;
-    const auto scale = float((double(high) - double(low)) / largest);
-    const int zero = scale == 0 ? 0 : std::clamp(int(std::nearbyint(-double(low) / double(scale))), 0, largest);
-    q_.zeros_[std::size_t(b)] = std::uint8_t(zero);
-    encoder_.affine_block(x, n, scale, zero, out);
-    return scale;
-  }
-  /// The clipping point among absmax·(1 − i/2k), i = 0 … k, with the least squared error; `scratch` is overwritten.
-  float best_scale(const float* x, Index n, float absmax, std::uint8_t* scratch) const {
-    if (absmax == 0) return absmax;
-    float best = absmax, values[256];
-    double least = std::numeric_limits<double>::infinity();
-    const int k = q_.options_.scale_search;
-    for (int i = 0; i <= k; ++i) {
-      const auto candidate = float(double(absmax) * (1 - double(i) / (2.0 * k)));
-      encoder_.table_block(x, n, candidate, scratch);
-      double error = 0;
-      for (Index j = 0; j < n; j += 256) {
-        const Index m = std::min<Index>(256, n - j);
-        decode_span<Path::portable>(q_.codebook(), scratch, j, m, {candidate, 0}, values);
-        float sum = 0;
-        for (Index l = 0; l < m; ++l) sum += (x[j + l] - values[l]) * (x[j + l] - values[l]);
-        error += double(sum);
-      }
-      if (error < least) {
-        least = error;
-        best = candidate;
-      }
-    }
-    return best;
   }
 
   /// The block as consecutive floats: W's own memory where it is that already, `staged` otherwise.
@@ -130,7 +98,8 @@ class Quantiser {
   QuantizedMatrix<T>& q_;
   MatrixView<const S> W_;
   const BlockLayout& layout_;
-  Encoder<> encoder_;
+  Encoder<> encoder_{q_.codebook()};
+  ScaleChooser choose_{encoder_, q_.codebook(), q_.options_.scale_search};
   std::vector<float> scales_;
   std::atomic<Index> first_bad_{std::numeric_limits<Index>::max()};
 };

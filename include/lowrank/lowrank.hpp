@@ -60,6 +60,7 @@
 #include "lowrank/quant/decode.hpp"
 #include "lowrank/quant/encode.hpp"
 #include "lowrank/quant/gptq.hpp"
+#include "lowrank/quant/gptq_factor.hpp"
 #include "lowrank/quant/lane_coder.hpp"
 #include "lowrank/quant/lane_products.hpp"
 #include "lowrank/quant/merge_report.hpp"

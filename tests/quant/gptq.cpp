@@ -233,7 +233,7 @@ TEST_CASE("the codes of the definition, in double") {
   for (const Codebook& book : all_books()) {
     CAPTURE(book.name());
     for (const auto& [m, n] : {std::pair<Index, Index>{6, 40}, {1, 64}, {5, 33}, {3, 1}}) {
-      CAPTURE(n);
+      CAPTURE_BOUND(n);
       const Matrix<double> W = test::random_matrix<double>(m, n, std::uint64_t(n)), H = gram(n, std::uint64_t(n + m));
       for (const Blocking blocking : {Blocking::restart_rows, Blocking::row}) {
         const QuantizeOptions q{.codebook = book, .block_size = 32, .blocking = blocking};

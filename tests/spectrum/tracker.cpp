@@ -45,6 +45,13 @@ std::vector<std::string> cells(const std::string& line) {
   return out;
 }
 
+/// One unit of the last digit written: what a cell may be off by.
+double last_unit(const std::string& cell) {
+  const std::size_t e = cell.find('e'), point = cell.find('.'), digits = e == std::string::npos ? cell.size() : e;
+  const double decimals = point < digits ? double(digits - point - 1) : 0;
+  return std::pow(10.0, (e == std::string::npos ? 0 : std::stod(cell.substr(e + 1))) - decimals);
+}
+
 LoraFactors<float> factors(Index m, Index n, Index r, std::uint64_t seed) {
   LoraFactors<float> f{Matrix<float>(r, n), Matrix<float>(m, r), 0.5F};
   CounterRng(seed).fill_normal(f.A.view());
@@ -78,7 +85,10 @@ TEST_CASE("a LoRA update's line holds its metrics") {
   std::size_t column = 3;
   for_each_metric(truth, [&](const char* name, auto value) {
     CHECK(head[column] == name);
-    CHECK(std::stod(last[column]) == doctest::Approx(double(value)).epsilon(1e-12));
+    CAPTURE(last[column]);
+    CHECK(std::abs(std::stod(last[column]) - double(value)) <= last_unit(last[column]));
+    // Ten digits are certain, and the whole of a rank.
+    CHECK(last_unit(last[column]) <= (std::is_integral_v<decltype(value)> ? 1 : 1e-9 * double(value)));
     ++column;
   });
 }
@@ -115,7 +125,9 @@ TEST_CASE("an adapter that did not start at zero is followed from its start") {
     for_each_metric(truth, [&](const char* metric, auto value) {
       if (std::string_view(metric) == name) expected = double(value);
     });
-    CHECK(std::stod(moved[at(name)]) == doctest::Approx(expected).epsilon(1e-10));
+    const std::string& cell = moved[at(name)];
+    CHECK(std::abs(std::stod(cell) - expected) <= last_unit(cell));
+    CHECK(last_unit(cell) <= 1e-6 * expected);  // the difference of two products of size one, itself some 1e-2
   }
   CHECK(std::stod(moved[at("energy_rank_90")]) == double(truth.energy_rank_90));
   CHECK_THROWS_AS(tracker.watch("other", f.A.view(), f.B.view(), f.scale, factors(m, n + 1, r, 1)), ShapeError);
@@ -230,8 +242,8 @@ TEST_CASE("the metrics chosen, and no others") {
       const auto last = cells(line);
       REQUIRE(last.size() == 6);
       const auto sigma = singular_values(f).values;
-      CHECK(std::stod(last[3]) == doctest::Approx(frobenius_norm(sigma)).epsilon(1e-12));
-      CHECK(std::stod(last[4]) == doctest::Approx(stable_rank(sigma)).epsilon(1e-12));
+      CHECK(std::stod(last[3]) == doctest::Approx(frobenius_norm(sigma)).epsilon(1e-9));
+      CHECK(std::stod(last[4]) == doctest::Approx(stable_rank(sigma)).epsilon(1e-9));
       // Another choice would put its numbers under the wrong names.
       CHECK_THROWS_WITH_AS(Tracker<float>(file.path), doctest::Contains("got 'step,seconds,module,frobenius_norm,stab"),
                            IoError);
@@ -290,11 +302,7 @@ TEST_CASE("every digit written is certain") {
         CAPTURE(cell);
         if (cell.empty()) return;
         ++known;
-        // One unit of the last digit written.
-        const std::size_t e = cell.find('e'), point = cell.find('.'), digits = e == std::string::npos ? cell.size() : e;
-        const double decimals = point < digits ? double(digits - point - 1) : 0;
-        const double exponent = e == std::string::npos ? 0 : std::stod(cell.substr(e + 1));
-        CHECK(std::abs(std::stod(cell) - double(value)) <= std::pow(10.0, exponent - decimals));
+        CHECK(std::abs(std::stod(cell) - double(value)) <= last_unit(cell));
       });
       CHECK(known >= (rank == n ? 9 : 2));
     }

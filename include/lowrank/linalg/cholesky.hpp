@@ -10,46 +10,38 @@
 
 namespace lowrank::detail {
 
-inline constexpr Index cholesky_block = 64;
-
-/// Rows [k0, k1) of the factor from columns [k0, k1) alone; how many pivots were good. See cholesky_pivots.
-inline Index cholesky_diagonal(MatrixView<double> G, Index k0, Index k1, const double* diagonal, double floor) {
-  for (Index j = k0; j < k1; ++j) {
-    G(j, j) -= sum_of_squares(j - k0, &G(j, k0));
-    const double scale = diagonal[j];
-    if (!(G(j, j) > floor * scale) || !(scale > 0) || !(G(j, j) > 0)) return j;
-    G(j, j) = std::sqrt(G(j, j));
-    for (Index i = j + 1; i < k1; ++i) G(i, j) = (G(i, j) - dot(j - k0, &G(i, k0), &G(j, k0))) / G(j, j);
-  }
-  return k1;
-}
-
 /// Lower Cholesky factor of G in place, the strict upper triangle never read and left unspecified; returns how many
-/// pivots were good, n when the factor is complete. A pivot is bad that is not positive or not above `floor` times its
-/// diagonal element: it is left in its place, so that G(k, k) says what it was.
+/// pivots were good, n when the factor is complete. A pivot is bad that is not positive and finite, or not above
+/// `floor` times its diagonal element: it is left in its place, so that G(k, k) says what it was.
 ///
-/// **Shapes** G n×n, row-major. **Cost** n³/3 multiply-adds, all but n²·64 of them in products on all threads; scratch
-/// n·64 doubles. **Numerics** right-looking in blocks of 64; the same bits for any number of threads.
+/// **Shapes** G n×n, row-major. **Cost** n³/3 multiply-adds, all but n²·128 of them in products on all threads; in
+/// place but for n doubles. **Numerics** left-looking in blocks of 128; the same bits for any number of threads.
 /// **Source** Golub & Van Loan, Matrix Computations, 4th ed., §4.2.
 inline Index cholesky_pivots(MatrixView<double> G, double floor) {
   const Index n = G.rows();
+  constexpr Index width = 128;
   std::vector<double> diagonal(static_cast<std::size_t>(n));
   for (Index i = 0; i < n; ++i) diagonal[std::size_t(i)] = G(i, i);
-  Matrix<double> panel;
-  for (Index k0 = 0; k0 < n; k0 += cholesky_block) {
-    const Index k1 = std::min(n, k0 + cholesky_block);
-    if (const Index good = cholesky_diagonal(G, k0, k1, diagonal.data(), floor); good < k1) return good;
-    if (k1 == n) break;
-    parallel_ranges(n - k1, 64, [&](Index i0, Index i1) {
-      for (Index i = k1 + i0; i < k1 + i1; ++i)
-        for (Index j = k0; j < k1; ++j) G(i, j) = (G(i, j) - dot(j - k0, &G(i, k0), &G(j, k0))) / G(j, j);
+  for (Index k0 = 0; k0 < n; k0 += width) {
+    const Index k1 = std::min(n, k0 + width), below = n - k0;
+    // The factored columns and those to come share their rows: disjoint, which gemm would not see of a transpose.
+    if (k0 > 0)
+      product<double, double, double>(-1, G.block(k0, 0, below, k0), G.block(k0, 0, k1 - k0, k0), true,
+                                      G.block(k0, k0, below, k1 - k0));
+    const auto solve = [&](Index i, Index end) {  // row i of the factor, columns [k0, end)
+      for (Index j = k0; j < end; ++j) G(i, j) = (G(i, j) - dot(j - k0, &G(i, k0), &G(j, k0))) / G(j, j);
+    };
+    for (Index i = k0; i < k1; ++i) {
+      solve(i, i);
+      const double scale = diagonal[std::size_t(i)];
+      double& pivot = G(i, i);
+      pivot -= sum_of_squares(i - k0, &G(i, k0));
+      if (!(pivot > 0) || !std::isfinite(pivot) || !(scale > 0) || !(pivot > floor * scale)) return i;
+      pivot = std::sqrt(pivot);
+    }
+    parallel_ranges(n - k1, 16, [&](Index i0, Index i1) {
+      for (Index i = k1 + i0; i < k1 + i1; ++i) solve(i, k1);
     });
-    panel.assign(G.block(k1, k0, n - k1, k1 - k0));
-    const MatrixView<const double> L = panel.view();
-    constexpr Index tile = 4 * cholesky_block;  // what a tile computes above the diagonal is never read
-    for (Index j0 = k1; j0 < n; j0 += tile)
-      gemm(-1.0, L.middle_rows(j0 - k1, n - j0), L.middle_rows(j0 - k1, std::min(tile, n - j0)).transposed(),
-           G.block(j0, j0, n - j0, std::min(tile, n - j0)), Update::accumulate);
   }
   return n;
 }

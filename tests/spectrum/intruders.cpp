@@ -140,8 +140,8 @@ Pair make_pair(std::uint64_t seed) {
 
 /// What the two decompositions say: for each of the k leading vectors the largest |cos|, or −1 where the matrices do
 /// not determine it: a vector in a cluster of singular values, or in a null space, is any of a circle of them.
-std::vector<double> two_svd_cosines(const Matrix<double>& base, const Matrix<double>& tuned, Index k, double cluster) {
-  const auto b = lowrank_test::oracle_svd(base), t = lowrank_test::oracle_svd(tuned);
+std::vector<double> two_svd_cosines(const lowrank_test::OracleSvd& b, const lowrank_test::OracleSvd& t, Index k,
+                                    double cluster) {
   const auto isolated = [cluster](const std::vector<double>& s, std::size_t i) {
     const double gap = cluster * s[0];
     return (i == 0 || s[i - 1] - s[i] > gap) && (i + 1 == s.size() ? s[i] > gap : s[i] - s[i + 1] > gap);
@@ -151,7 +151,7 @@ std::vector<double> two_svd_cosines(const Matrix<double>& base, const Matrix<dou
     double best = 0, undetermined = 0;
     for (Index j = 0; j < Index(b.S.size()); ++j) {
       double c = 0;
-      for (Index r = 0; r < base.rows(); ++r) c += b.U(r, j) * t.U(r, i);
+      for (Index r = 0; r < b.U.rows(); ++r) c += b.U(r, j) * t.U(r, i);
       if (isolated(b.S, std::size_t(j)))
         best = std::max(best, std::abs(c));
       else
@@ -177,7 +177,7 @@ void compare(int cases, double cluster, double margin) {
     CAPTURE(W.rows());
     CAPTURE(W.cols());
     const auto report = find_intruders(W, W1, {.k = k, .epsilon = p.epsilon});
-    const auto truth = two_svd_cosines(Matrix<double>(W), Matrix<double>(W1), k, cluster);
+    const auto truth = two_svd_cosines(lowrank_test::oracle_svd(W), lowrank_test::oracle_svd(W1), k, cluster);
     REQUIRE(report.vectors.size() == truth.size());
     double energy = 0, total = 0;
     for (Index i = 0; i < W1.size(); ++i) total += double(W1.data()[i]) * double(W1.data()[i]);
@@ -219,17 +219,22 @@ namespace {
 /// vector is chosen: W' = 4σ₁·t·xᵀ + (I − t·tᵀ)·W·(I − x·xᵀ).
 struct LargePair {
   Matrix<double> base, tuned;
-  Matrix<double> U;  // left singular vectors of the base
+  Matrix<double> U;             // left singular vectors of the base
+  lowrank_test::OracleSvd svd;  // the base's, found again
 
-  LargePair(Index m, Index n, Index rank, std::uint64_t seed) {
+  /// Values k^−0.4 up to `rank`, but for value 100, which is nearer to value 99 by `twin`, relatively.
+  LargePair(Index m, Index n, Index rank, std::uint64_t seed, double twin = 0) {
     Matrix<double> noise(m, n);
     CounterRng(seed).fill_normal(noise.view());
     const auto d = lowrank_test::oracle_svd(noise);
     U = d.U;
     base = Matrix<double>(m, n);
-    for (Index k = 0; k < rank; ++k)
+    for (Index k = 0; k < rank; ++k) {
+      const double s = k == 100 && twin > 0 ? std::pow(100.0, -0.4) * (1 - twin) : std::pow(double(k + 1), -0.4);
       for (Index i = 0; i < m; ++i)
-        for (Index j = 0; j < n; ++j) base(i, j) += std::pow(double(k + 1), -0.4) * U(i, k) * d.V(j, k);
+        for (Index j = 0; j < n; ++j) base(i, j) += s * U(i, k) * d.V(j, k);
+    }
+    svd = lowrank_test::oracle_svd(base);
   }
   /// t = Σ c_k·w_k of the base's left vectors, scaled to length 1.
   void set_first(std::vector<double> t, std::uint64_t seed) {
@@ -281,7 +286,8 @@ void judge_first(LargePair& p, const std::vector<double>& t, IntruderProof expec
   const Matrix<T> W(p.base.view()), W1(p.tuned.view());
   CAPTURE(proof_name(expected));
   const auto report = find_intruders(W, W1, o);
-  const auto truth = two_svd_cosines(Matrix<double>(W), Matrix<double>(W1), o.k, 1e-6);
+  // The base's own vectors, also for float: its rounding turns them by some 1e-5, and no cosine here is that near to ε.
+  const auto truth = two_svd_cosines(p.svd, lowrank_test::oracle_svd(W1), o.k, 1e-6);
   REQUIRE(report.vectors.size() == truth.size());
   const auto& first = report.vectors[0];
   CHECK(std::string(proof_name(first.proof)) == proof_name(expected));
@@ -299,7 +305,7 @@ void judge_first(LargePair& p, const std::vector<double>& t, IntruderProof expec
 }  // namespace
 
 TEST_CASE_TEMPLATE("200 and more values: every certificate, against the two decompositions", T, float, double) {
-  for (const auto& [m, n] : {std::pair<Index, Index>{200, 240}, {220, 220}, {260, 200}}) {
+  for (const auto& [m, n] : {std::pair<Index, Index>{200, 230}, {240, 200}}) {
     CAPTURE(m);
     CAPTURE(n);
     LargePair p(m, n, std::min(m, n), 5);
@@ -314,13 +320,12 @@ TEST_CASE_TEMPLATE("200 and more values: every certificate, against the two deco
   }
 }
 
-TEST_CASE("200 values: a cosine at epsilon, and a null space, go to the two decompositions and agree with them") {
-  LargePair p(200, 240, 200, 6);
-  for (const double beside : {-1e-11, 1e-11}) {  // far above double's rounding, below what the margins leave
-    CAPTURE(beside);
-    judge_first<double>(p, p.direction({{2, 0.5 + beside}}, 20, 200, 1), IntruderProof::full_svd);
-  }
-  LargePair deficient(260, 200, 180, 7);  // no bound for the energy at zero: WᵀW has no inverse
+TEST_CASE("200 values: what only the two decompositions can tell, and do") {
+  // Two values that agree to 1e-4 share what u has there: .4 and .4 is an intruder, as one of .57 would not be. More
+  // steps than are allowed would be needed to see two.
+  LargePair twins(200, 230, 200, 6, 1e-4);
+  judge_first<double>(twins, twins.direction({{99, 0.4}, {100, 0.4}}, 20, 200, 1), IntruderProof::full_svd);
+  LargePair deficient(240, 200, 180, 7);  // no bound for the energy at zero: WᵀW has no inverse
   judge_first<double>(deficient, deficient.direction({}, 0, 150, 3), IntruderProof::full_svd);
   judge_first<double>(deficient, deficient.direction({{120, 0.7}}, 60, 64, 3), IntruderProof::full_svd);
 }

@@ -299,8 +299,24 @@ TEST_CASE("bad options") {
     CHECK_THROWS_AS(run({.iterations = 0}), ArgumentError);
     CHECK_THROWS_AS(run({.svd_slack = 0}), ArgumentError);
     CHECK_THROWS_AS(run({.quantise = {.block_size = 0}}), ArgumentError);
-    W(3, 5) = NAN;
-    CHECK_THROWS_AS(run({}), NonFiniteError);
+    for (const float bad : {std::nanf(""), std::numeric_limits<float>::infinity()}) {
+      W(3, 5) = bad;
+      const std::string where = pissa ? "qpissa: W must be finite, got " : "loftq: W must be finite, got ";
+      const auto says = [&](const QuantizeOptions& q, const char* place) {
+        CHECK_THROWS_WITH_AS(run({.quantise = q}), doctest::Contains((where).c_str()), NonFiniteError);
+        CHECK_THROWS_WITH_AS(run({.quantise = q}), doctest::Contains(place), NonFiniteError);
+      };
+      says({}, "at (3, 5), block 3");
+      says({.block_size = 32}, "at (3, 5), block 6");
+      says({.block_size = 128}, "at (3, 5), block 1");
+      says({.block_size = 32, .blocking = Blocking::restart_rows}, "at (3, 5), block 6");
+      says({.blocking = Blocking::row}, "at (3, 5), block 3");
+    }
     W(3, 5) = 0;
+    Matrix<double> wide(W.view());
+    wide(30, 63) = 1e200;
+    const auto run_wide = [&] { return pissa ? qpissa(wide) : loftq(wide); };
+    CHECK_THROWS_WITH_AS(run_wide(), doctest::Contains("W must be finite in float, got 1e+200 at (30, 63), block 30"),
+                         NonFiniteError);
   }
 }

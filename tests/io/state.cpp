@@ -178,6 +178,9 @@ TEST_CASE("a damaged 4-bit state is refused by name") {
   refuses([&](V& v) { state(v, "{"); }, {"JSON"});
   refuses([&](V& v) { state(v, R"({"quant_type":"nf5","blocksize":64,"shape":[8,16]})"); }, {"quant_type", "nf5"});
   refuses([&](V& v) { state(v, R"({"quant_type":"nf4","blocksize":48,"shape":[8,16]})"); }, {"'x.weight'", "48"});
+  // A small file must not ask for the memory of a large one.
+  refuses([&](V& v) { state(v, R"({"quant_type":"nf4","blocksize":64,"shape":[262144,262144]})"); },
+          {"'x.weight'", "codes must have 34359738368 elements, got 64"});
   refuses([&](V& v) { state(v, R"({"quant_type":"nf4","blocksize":64,"shape":[8]})"); }, {"shape"});
   refuses([&](V& v) { state(v, R"({"quant_type":"nf4","blocksize":64,"shape":[8,-16]})"); }, {"shape"});
   refuses([&](V& v) { state(v, R"({"quant_type":"nf4","blocksize":64,"shape":[2147483648,2147483648]})"); },

@@ -157,6 +157,17 @@ TEST_CASE("any stream is well-defined: random codes, scales and shapes") {
   }
 }
 
+TEST_CASE("lengths are compared before anything is allocated") {
+  // Codes of these shapes would fill the memory of any machine.
+  for (const Index n : {Index(1) << 18, Index(1) << 29})
+    for (const Blocking blocking : {Blocking::flat, Blocking::restart_rows, Blocking::row}) {
+      const QuantizeOptions o{.blocking = blocking};
+      CHECK_THROWS_WITH_AS(QuantizedMatrix<float>(n, n, o, {}), doctest::Contains("codes must have"), ShapeError);
+    }
+  CHECK_THROWS_AS(QuantizedMatrix<float>(Index(1) << 31, Index(1) << 31, {}, {}), ShapeError);
+  CHECK_THROWS_AS(QuantizedMatrix<float>(std::numeric_limits<Index>::max(), 1, {}, {}), ShapeError);
+}
+
 TEST_CASE("arrays that do not fit are refused") {
   const Matrix<float> W = test::random_matrix<float>(4, 64, 1);
   const auto q = quantise(W);
@@ -200,6 +211,7 @@ TEST_CASE("arrays that do not fit are refused") {
   CHECK_THROWS_AS(make_nested([](auto& p) { p.nested_values = p.nested_values.first(255); }), ShapeError);
   CHECK_THROWS_AS(make_nested([](auto& p) { p.nested_absmax = {}; }), ShapeError);
   CHECK_THROWS_AS(make_nested([](auto& p) { p.nested_block_size = 0; }), ArgumentError);
+  CHECK_NOTHROW(make_nested([](auto& p) { p.nested_block_size = std::numeric_limits<Index>::max(); }));
   CHECK_THROWS_AS(make_nested([](auto& p) { p.nested_offset = std::nanf(""); }), NonFiniteError);
   CHECK_THROWS_AS(make_nested([&](auto& p) { p.nested_absmax = std::span(bad).subspan(2, 1); }), NonFiniteError);
 

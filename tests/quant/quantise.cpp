@@ -46,6 +46,7 @@ void check_against_reference(const Matrix<float>& W, const QuantizedMatrix<float
   const auto want = reference::quantise(W, q.codebook(), q.options().block_size, q.options().blocking);
   REQUIRE(q.absmax().size() == want.absmax.size());
   CHECK(std::memcmp(q.absmax().data(), want.absmax.data(), want.absmax.size() * 4) == 0);
+  CHECK(std::ranges::equal(q.zeros(), want.zeros));
   Index wrong = 0;
   const Matrix<float> values = q.dequantise();
   for (Index i = 0; i < W.rows(); ++i)
@@ -58,15 +59,26 @@ void check_against_reference(const Matrix<float>& W, const QuantizedMatrix<float
   CHECK(wrong == 0);
 }
 
-std::vector<Codebook> bitsandbytes_tables() {
-  return {Codebook::nf2(),      Codebook::nf3(),           Codebook::nf4(),
-          Codebook::fp4(),      Codebook::normal_float(5), Codebook::uniform(1),
-          Codebook::uniform(6), Codebook::normal_float(8), Codebook::uniform(7)};
+/// One of every kind and width there is.
+std::vector<Codebook> every_codebook() {
+  std::vector<Codebook> all{Codebook::fp4(), Codebook::int8(), Codebook::dynamic8()};
+  for (int bits = 1; bits <= 8; ++bits) {
+    if (bits >= 2) all.push_back(Codebook::normal_float(bits));
+    all.push_back(Codebook::uniform(bits));
+    all.push_back(Codebook::uniform_asymmetric(bits));
+  }
+  const float six[] = {-0.5F, -0.125F, 0.0F, 0.3F, 0.31F, 1.0F}, three[] = {-1.0F, 0.0F, 0.25F};
+  all.emplace_back(six, CodebookOptions{.name = "six"});
+  all.emplace_back(three, CodebookOptions{.name = "three"});
+  std::vector<float> many;
+  for (int i = -99; i <= 100; ++i) many.push_back(float(i * std::abs(i)) / 10000.0F);
+  all.emplace_back(many, CodebookOptions{.name = "two hundred"});
+  return all;
 }
 
 }  // namespace
 
-TEST_CASE("bit for bit as bitsandbytes: the numpy fixture") {
+TEST_CASE("codes, scales and values of the numpy reference, to the bit") {
   const test::Fixture f("../quant/data/bitsandbytes.txt");
   const std::vector<float> x = hashed(6 * 64 + 37);
   const MatrixView<const float> W(x.data(), 1, Index(x.size()), Index(x.size()), 1);
@@ -81,7 +93,7 @@ TEST_CASE("bit for bit as bitsandbytes: the numpy fixture") {
   }
 }
 
-TEST_CASE("int8 by rows as bitsandbytes") {
+TEST_CASE("int8 by rows, to the bit") {
   const test::Fixture f("../quant/data/bitsandbytes.txt");
   std::vector<float> x = hashed(12 * 32);
   for (float& v : x)
@@ -98,7 +110,7 @@ TEST_CASE("int8 by rows as bitsandbytes") {
   CHECK(wrong == 0);
 }
 
-TEST_CASE("double quantisation as bitsandbytes' compress_statistics") {
+TEST_CASE("double quantisation, the second level to the bit") {
   const test::Fixture f("../quant/data/bitsandbytes.txt");
   const std::vector<float> x = hashed(300 * 64);
   const auto q = quantise(view_of(x.data(), 300, 64), {.double_quantise = true});
@@ -115,12 +127,14 @@ TEST_CASE("double quantisation as bitsandbytes' compress_statistics") {
   CHECK(q.bits_per_weight() == doctest::Approx(4 + 8.0 / 64 + (2 + 256 + 1) * 32.0 / (300 * 64)));
 }
 
-TEST_CASE("every block length, every table, every layout") {
-  for (const Codebook& book : bitsandbytes_tables()) {
+TEST_CASE("every block length, every codebook, every layout") {
+  for (const Codebook& book : every_codebook()) {
     CAPTURE(book.name());
     for (Index n = 1; n <= 130; ++n) {
       CAPTURE(n);
-      const Matrix<float> W = test::random_matrix<float>(1, n, std::uint64_t(n));
+      Matrix<float> W = test::random_matrix<float>(1, n, std::uint64_t(n));
+      check_against_reference(W, quantise(W, {.codebook = book, .block_size = 32}));
+      for (Index j = 0; j < n; ++j) W(0, j) = 2 + (n % 2 != 0 ? 1.0F : -1.0F) * W(0, j) * W(0, j);  // lopsided blocks
       check_against_reference(W, quantise(W, {.codebook = book, .block_size = 32}));
     }
     for (const auto& [rows, cols] :
@@ -133,20 +147,23 @@ TEST_CASE("every block length, every table, every layout") {
   }
 }
 
-TEST_CASE("all bf16 inputs through the tables") {
-  // Every finite bf16 beside a 1 (scaled exactly), and every finite bf16 in blocks of its neighbours.
-  for (const Codebook& book :
-       {Codebook::nf4(), Codebook::nf3(), Codebook::nf2(), Codebook::fp4(), Codebook::normal_float(8)}) {
+TEST_CASE("all bf16 inputs through every codebook") {
+  // Every finite bf16 within [−1, 1] beside a 1 (scaled exactly), beside a −1 and a 1, and every finite bf16 in blocks
+  // of its neighbours; up to where the levels of int8 and affine blocks reach the end of float.
+  for (const Codebook& book : every_codebook()) {
     CAPTURE(book.name());
+    const float most = book.kind() == CodebookKind::table ? std::numeric_limits<float>::max() : 1e36F;
     Matrix<float> unit(2048, 32), all(2048, 32);
     for (Index k = 0; k < 65536; ++k) {
       const float x = float(bf16::from_bits(std::uint16_t(k)));
-      all.data()[k] = std::isfinite(x) ? x : 1.0F;
+      all.data()[k] = std::fabs(x) <= most ? x : 1.0F;
       unit.data()[k] = std::fabs(x) <= 1 ? x : 0.5F;
     }
+    check_against_reference(all, quantise(all, {.codebook = book, .block_size = 32}));
     for (Index i = 0; i < unit.rows(); ++i) unit(i, 0) = 1;
     check_against_reference(unit, quantise(unit, {.codebook = book, .block_size = 32}));
-    check_against_reference(all, quantise(all, {.codebook = book, .block_size = 32}));
+    for (Index i = 0; i < unit.rows(); ++i) unit(i, 31) = -1;
+    check_against_reference(unit, quantise(unit, {.codebook = book, .block_size = 32}));
   }
 }
 
@@ -158,8 +175,46 @@ TEST_CASE("zeros, minus zero, denormals, the largest floats") {
   for (Index j = 64; j < 96; ++j) W(0, j) = float(j - 80) * 1e-39F;
   for (Index j = 96; j < 128; ++j) W(0, j) = (j % 2 != 0 ? -1 : 1) * huge / float(j - 95);
   for (Index j = 128; j < 160; ++j) W(0, j) = j % 5 == 0 ? -0.0F : float(j) * 1e-20F;
-  for (const Codebook& book : bitsandbytes_tables())
+  for (const Codebook& book : every_codebook()) {
+    CAPTURE(book.name());
+    if (book.kind() != CodebookKind::table)  // their levels reach beyond what they are the levels of
+      for (Index j = 96; j < 128; ++j) W(0, j) *= 0x1p-10F;
     check_against_reference(W, quantise(W, {.codebook = book, .block_size = 32}));
+  }
+}
+
+TEST_CASE("levels that would not be finite are refused with the block") {
+  Matrix<float> W = test::random_matrix<float>(1, 192, 1);
+  W(0, 70) = 3e38F;
+  W(0, 71) = -3e38F;
+  const auto refuses = [&](const Codebook& book) {
+    CAPTURE(book.name());
+    CHECK_THROWS_WITH_AS(quantise(W, {.codebook = book}), doctest::Contains("must be finite in float, block 1 spans -3.0"),
+                         NonFiniteError);
+  };
+  refuses(Codebook::uniform_asymmetric(1));  // the step itself
+  refuses(Codebook::uniform_asymmetric(2));  // the lowest level, two steps below zero
+  refuses(Codebook::int8());                 // 127·absmax
+  const Matrix<float> fits = quantise(W, {.codebook = Codebook::nf4()}).dequantise();
+  CHECK(fits(0, 70) == 3e38F);
+  // Whatever the widths and signs: a result has finite values, or there is none.
+  int refused = 0;
+  for (int bits = 1; bits <= 8; ++bits)
+    for (float low = -3.4e38F; low < 0; low += 1.7e37F)
+      for (const float high : {0.0F, 1.0F, 1e38F, 2.2e38F, 3.4e38F}) {
+        W(0, 70) = high;
+        W(0, 71) = low;
+        try {
+          const Matrix<float> V = quantise(W, {.codebook = Codebook::uniform_asymmetric(bits)}).dequantise();
+          Index wrong = 0;
+          for (Index j = 0; j < 192; ++j) wrong += !std::isfinite(V(0, j));
+          CHECK(wrong == 0);
+        } catch (const NonFiniteError&) {
+          ++refused;
+        }
+      }
+  CHECK(refused > 0);
+  CHECK(refused < 8 * 20 * 5);
 }
 
 TEST_CASE("the input's type and order do not matter, nor does the number of threads") {
@@ -196,22 +251,94 @@ TEST_CASE("the input's type and order do not matter, nor does the number of thre
   }
 }
 
-TEST_CASE_TEMPLATE("dequantise · quantise is idempotent", T, float, double) {
-  const Matrix<T> W = test::random_matrix<T>(33, 257, 9);
-  for (const QuantizeOptions& o : {QuantizeOptions{}, QuantizeOptions{.codebook = Codebook::fp4()},
-                                   QuantizeOptions{.codebook = Codebook::nf2(), .block_size = 128},
-                                   QuantizeOptions{.codebook = Codebook::nf3(), .blocking = Blocking::restart_rows},
-                                   QuantizeOptions{.codebook = Codebook::uniform(5)}}) {
-    CAPTURE(o.codebook.name());
-    const Matrix<T> once = quantise(W, o).dequantise();
-    const Matrix<T> again = quantise(once, o).dequantise();
-    CHECK(test::same_bits(once, again));
+TEST_CASE_TEMPLATE("the values of a quantised matrix are quantised to themselves", T, float, double) {
+  for (std::uint64_t seed = 1; seed <= 4; ++seed) {
+    Matrix<T> W = test::random_matrix<T>(33, 257, seed);
+    for (Index j = 0; j < 257; ++j) {
+      W(3, j) = std::abs(W(3, j));  // one-sided blocks, and lopsided ones
+      W(4, j) = -std::abs(W(4, j));
+      W(5, j) += 3;
+      W(6, j) -= 1;
+      W(7, j) *= T(1e-30);
+      W(8, j) = T(int(4 * W(8, j))) / 2;  // ties
+      W(9, j) = 0;
+    }
+    std::vector<QuantizeOptions> all{{},
+                                     {.codebook = Codebook::fp4()},
+                                     {.codebook = Codebook::nf2(), .block_size = 128},
+                                     {.codebook = Codebook::nf3(), .blocking = Blocking::restart_rows},
+                                     {.codebook = Codebook::nf4(), .blocking = Blocking::row},
+                                     {.codebook = Codebook::nf2(), .scale_search = 8}};
+    for (int bits = 1; bits <= 8; ++bits) {
+      if (bits >= 2) all.push_back({.codebook = Codebook::normal_float(bits)});
+      all.push_back({.codebook = Codebook::uniform(bits)});
+      for (const Blocking blocking : {Blocking::flat, Blocking::restart_rows, Blocking::row})
+        all.push_back({.codebook = Codebook::uniform_asymmetric(bits), .block_size = 32, .blocking = blocking});
+    }
+    for (const QuantizeOptions& o : all) {
+      CAPTURE(o.codebook.name());
+      const Matrix<T> once = quantise(W, o).dequantise();
+      const Matrix<T> again = quantise(once, o).dequantise();
+      CHECK(test::same_bits(once, again));
+    }
+    // int8 multiplies by 1/127 rounded, as bitsandbytes does, so the scale may move by a unit; the codes stay.
+    const QuantizeOptions int8{.codebook = Codebook::int8(), .blocking = Blocking::row};
+    const auto q = quantise(W, int8);
+    const Matrix<T> values = q.dequantise();
+    const auto again = quantise(values, int8);
+    CHECK(std::ranges::equal(q.codes(), again.codes()));
+    for (Index b = 0; b < 33; ++b) CHECK(std::abs(q.scale(b) - again.scale(b)) <= 2 * 0x1p-23F * q.scale(b));
   }
-  // int8 multiplies by 1/127 rounded, as bitsandbytes does, so the scale may move by a unit; the codes stay.
-  const QuantizeOptions int8{.codebook = Codebook::int8(), .blocking = Blocking::row};
-  const auto q = quantise(W, int8);
-  const Matrix<T> values = q.dequantise();
-  CHECK(std::ranges::equal(q.codes(), quantise(values, int8).codes()));
+}
+
+TEST_CASE("a table that reaches 1 on one side only: block by block, where a value reaches the scale") {
+  const float lopsided[] = {-0.5F, 0.0F, 1.0F};
+  for (const Codebook& book : {Codebook(lopsided), Codebook::dynamic8()}) {
+    CAPTURE(book.name());
+    const Matrix<float> W = test::random_matrix<float>(64, 32, 9);
+    const QuantizeOptions o{.codebook = book, .block_size = 32};
+    const auto q = quantise(W, o);
+    const Matrix<float> once = q.dequantise(), again = quantise(once, o).dequantise();
+    Index same = 0, changed = 0;
+    for (Index b = 0; b < 64; ++b) {
+      float reached = 0;
+      bool equal = true;
+      for (Index j = 0; j < 32; ++j) {
+        reached = std::max(reached, std::fabs(once(b, j)));
+        equal = equal && once(b, j) == again(b, j);
+      }
+      if (reached == q.scale(b)) {
+        ++same;
+        CHECK(equal);
+      } else {  // the largest magnitude lies on the short side, and the scale shrinks to it
+        ++changed;
+        CHECK(quantise(once, o).scale(b) == reached);
+      }
+    }
+    CHECK(same > 10);
+    CHECK(changed > 0);
+  }
+}
+
+TEST_CASE("under double quantisation the codes are quantised to themselves, the scales within a step of their map") {
+  // The second quantisation sees scales that are levels of the first map, about another mean: they move again.
+  const Matrix<float> W = test::random_matrix<float>(33, 257, 9);
+  const QuantizeOptions o{.double_quantise = true};
+  const auto q = quantise(W, o);
+  const Matrix<float> values = q.dequantise();
+  const auto again = quantise(values, o);
+  CHECK(std::ranges::equal(q.codes(), again.codes()));
+  const Codebook map = Codebook::dynamic8();
+  float gap = 0, spread = 0;
+  for (std::size_t i = 1; i < 256; ++i) gap = std::max(gap, map.values()[i] - map.values()[i - 1]);
+  for (Index b = 0; b < q.layout().block_count(); ++b)
+    spread = std::max(spread, std::fabs(q.scale(b) - again.nested().offset));
+  Index moved = 0;
+  for (Index b = 0; b < q.layout().block_count(); ++b) {
+    CHECK(std::fabs(again.scale(b) - q.scale(b)) <= gap / 2 * spread + 4 * 0x1p-24F * q.scale(b));
+    moved += again.scale(b) != q.scale(b);
+  }
+  CHECK(moved > 0);
 }
 
 TEST_CASE("uniform: error at most half a step, zero exact, symmetric and not") {
@@ -297,6 +424,7 @@ TEST_CASE("what cannot be quantised says where") {
   for (const float bad :
        {std::nanf(""), std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()}) {
     W(5, 7) = bad;
+    CHECK_THROWS_WITH_AS(quantise(W), doctest::Contains("W must be finite, got "), NonFiniteError);
     CHECK_THROWS_WITH_AS(quantise(W), doctest::Contains("(5, 7), block 5"), NonFiniteError);
     CHECK_THROWS_AS(quantise(W, {.codebook = Codebook::uniform_asymmetric(4)}), NonFiniteError);
   }

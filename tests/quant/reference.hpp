@@ -51,10 +51,80 @@ inline unsigned code_at(int bits, const std::uint8_t* stream, Index i) {
 struct Quantised {
   std::vector<unsigned> codes;  // one an element, row by row
   std::vector<float> absmax;
+  std::vector<unsigned> zeros;  // affine codebooks only
   std::vector<float> values;
 };
 
-/// Table codebooks only.
+/// A block of a table: every element relative to the scale, the nearest level.
+inline void table_block(const Codebook& book, const float* x, Index n, Quantised& out) {
+  float a = 0;
+  for (Index i = 0; i < n; ++i) a = std::max(a, std::fabs(x[i]));
+  out.absmax.push_back(a);
+  const volatile float inverse = 1.0F / a;
+  for (Index i = 0; i < n; ++i) {
+    const volatile float scaled = std::isfinite(inverse) ? x[i] * inverse : x[i] / a;
+    const unsigned c = a == 0 ? 0 : nearest(book, scaled);
+    out.codes.push_back(c);
+    out.values.push_back(book.values()[c] * a);
+  }
+}
+
+/// A block of int8: x·(127/absmax) to the nearest integer, even on a tie; back as (code·absmax)·(1/127).
+inline void int8_block(const float* x, Index n, Quantised& out) {
+  float a = 0;
+  for (Index i = 0; i < n; ++i) a = std::max(a, std::fabs(x[i]));
+  out.absmax.push_back(a);
+  const volatile float factor = 127.0F / a;
+  for (Index i = 0; i < n; ++i) {
+    const volatile float scaled = x[i] * factor;
+    const double position = a == 0 ? 0.0 : std::isfinite(factor) ? double(scaled) : double(x[i]) * (127.0 / double(a));
+    const int code = int(std::nearbyint(position));
+    out.codes.push_back(unsigned(code) & 255U);
+    const volatile float product = float(code) * a;
+    out.values.push_back(product * (1.0F / 127.0F));
+  }
+}
+
+/// The integer x stands at on a grid of `scale`, ties to even, and where code `code` stands.
+inline int place(float x, float scale) {
+  const volatile float q = x / scale;
+  return int(std::nearbyint(double(std::fmin(std::fmax(q, -256.0F), 256.0F))));
+}
+inline float level(int code, int zero, float scale) {
+  const volatile float v = float(code - zero) * scale;
+  return v;
+}
+
+/// A block of 2^bits evenly spaced levels: the greatest scale not above range / steps, at most 511 floats below it,
+/// whose outermost levels are used and span that very scale again; range / steps itself when there is none.
+inline void affine_block(const Codebook& book, const float* x, Index n, Quantised& out) {
+  const int last = (1 << book.bits()) - 1;
+  float low = 0, high = 0;
+  for (Index i = 0; i < n; ++i) {
+    low = std::fmin(low, x[i]);
+    high = std::fmax(high, x[i]);
+  }
+  const auto first = float((double(high) - double(low)) / last);
+  const auto zero_of = [&](float s) { return std::min(std::max(-place(low, s), 0), last); };
+  float scale = first;
+  bool found = false;
+  for (int k = 0; k < 512 && !found && scale > 0 && std::isfinite(first); ++k) {
+    const int zero = zero_of(scale);
+    const double span = double(level(last, zero, scale)) - double(level(0, zero, scale));
+    found = place(high, scale) + zero >= last && float(span / last) == scale;
+    if (!found) scale = std::nextafter(scale, 0.0F);
+  }
+  if (!found) scale = first;
+  const int zero = scale > 0 ? zero_of(scale) : 0;
+  out.absmax.push_back(scale);
+  out.zeros.push_back(unsigned(zero));
+  for (Index i = 0; i < n; ++i) {
+    const int code = scale > 0 ? std::min(std::max(place(x[i], scale) + zero, 0), last) : zero;
+    out.codes.push_back(unsigned(code));
+    out.values.push_back(level(code, zero, scale));
+  }
+}
+
 inline Quantised quantise(const lowrank::Matrix<float>& W, const Codebook& book, Index block_size, Blocking blocking) {
   Quantised out;
   const Index rows = W.rows(), cols = W.cols();
@@ -65,16 +135,12 @@ inline Quantised quantise(const lowrank::Matrix<float>& W, const Codebook& book,
     for (Index first = 0; first < length; first += block_size) {
       const Index n = std::min(block_size, length - first);
       const float* x = W.data() + s * length + first;
-      float a = 0;
-      for (Index i = 0; i < n; ++i) a = std::max(a, std::fabs(x[i]));
-      out.absmax.push_back(a);
-      const volatile float inverse = 1.0F / a;
-      for (Index i = 0; i < n; ++i) {
-        const volatile float scaled = std::isfinite(inverse) ? x[i] * inverse : x[i] / a;
-        const unsigned c = a == 0 ? 0 : nearest(book, scaled);
-        out.codes.push_back(c);
-        out.values.push_back(book.values()[c] * a);
-      }
+      if (book.kind() == CodebookKind::table)
+        table_block(book, x, n, out);
+      else if (book.kind() == CodebookKind::int8)
+        int8_block(x, n, out);
+      else
+        affine_block(book, x, n, out);
     }
   return out;
 }

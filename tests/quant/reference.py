@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes tests/quant/data/bitsandbytes.txt: quantisation as bitsandbytes' "default" backend does it, element by element.
+"""Writes tests/quant/data/bitsandbytes.txt: quantisation as the source of bitsandbytes' "default" backend reads.
 
-Slow and obvious on purpose, in numpy, sharing nothing with the library: absmax of a block in float32, x * (1 / absmax) in
+Not made with the package, which was not at hand: these figures are a second reading of its published source, and agreement with
+them is agreement of two readings. Slow and obvious on purpose, in numpy, sharing nothing with the library: absmax of a block in float32, x * (1 / absmax) in
 float32, the first of the nearest table entries, two codes to a byte with the first in the high nibble, value = table *
 absmax. The scales of compress_statistics likewise, in blocks of 256 on the dynamic map, after subtracting their mean.
 Input is a hash of the index that the test computes too.

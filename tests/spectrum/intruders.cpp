@@ -140,8 +140,8 @@ Pair make_pair(std::uint64_t seed) {
 
 /// What the two decompositions say: for each of the k leading vectors the largest |cos|, or −1 where the matrices do
 /// not determine it: a vector in a cluster of singular values, or in a null space, is any of a circle of them.
-std::vector<double> two_svd_cosines(const Matrix<double>& base, const Matrix<double>& tuned, Index k, double cluster) {
-  const auto b = lowrank_test::oracle_svd(base), t = lowrank_test::oracle_svd(tuned);
+std::vector<double> two_svd_cosines(const lowrank_test::OracleSvd& b, const lowrank_test::OracleSvd& t, Index k,
+                                    double cluster) {
   const auto isolated = [cluster](const std::vector<double>& s, std::size_t i) {
     const double gap = cluster * s[0];
     return (i == 0 || s[i - 1] - s[i] > gap) && (i + 1 == s.size() ? s[i] > gap : s[i] - s[i + 1] > gap);
@@ -151,7 +151,7 @@ std::vector<double> two_svd_cosines(const Matrix<double>& base, const Matrix<dou
     double best = 0, undetermined = 0;
     for (Index j = 0; j < Index(b.S.size()); ++j) {
       double c = 0;
-      for (Index r = 0; r < base.rows(); ++r) c += b.U(r, j) * t.U(r, i);
+      for (Index r = 0; r < b.U.rows(); ++r) c += b.U(r, j) * t.U(r, i);
       if (isolated(b.S, std::size_t(j)))
         best = std::max(best, std::abs(c));
       else
@@ -177,7 +177,7 @@ void compare(int cases, double cluster, double margin) {
     CAPTURE(W.rows());
     CAPTURE(W.cols());
     const auto report = find_intruders(W, W1, {.k = k, .epsilon = p.epsilon});
-    const auto truth = two_svd_cosines(Matrix<double>(W), Matrix<double>(W1), k, cluster);
+    const auto truth = two_svd_cosines(lowrank_test::oracle_svd(W), lowrank_test::oracle_svd(W1), k, cluster);
     REQUIRE(report.vectors.size() == truth.size());
     double energy = 0, total = 0;
     for (Index i = 0; i < W1.size(); ++i) total += double(W1.data()[i]) * double(W1.data()[i]);
@@ -212,6 +212,123 @@ TEST_CASE("500 pairs in double: never another answer than the two full decomposi
   compare<double>(500, 1e-6, 1e-6);
 }
 TEST_CASE("200 pairs in float") { compare<float>(200, 1e-4, 1e-3); }
+
+namespace {
+
+/// A base of 200 and more values, far more than the Lanczos steps allowed, and a tuned weight whose first left singular
+/// vector is chosen: W' = 4σ₁·t·xᵀ + (I − t·tᵀ)·W·(I − x·xᵀ).
+struct LargePair {
+  Matrix<double> base, tuned;
+  Matrix<double> U;             // left singular vectors of the base
+  lowrank_test::OracleSvd svd;  // the base's, found again
+
+  /// Values k^−0.4 up to `rank`, but for value 100, which is nearer to value 99 by `twin`, relatively.
+  LargePair(Index m, Index n, Index rank, std::uint64_t seed, double twin = 0) {
+    Matrix<double> noise(m, n);
+    CounterRng(seed).fill_normal(noise.view());
+    const auto d = lowrank_test::oracle_svd(noise);
+    U = d.U;
+    base = Matrix<double>(m, n);
+    for (Index k = 0; k < rank; ++k) {
+      const double s = k == 100 && twin > 0 ? std::pow(100.0, -0.4) * (1 - twin) : std::pow(double(k + 1), -0.4);
+      for (Index i = 0; i < m; ++i)
+        for (Index j = 0; j < n; ++j) base(i, j) += s * U(i, k) * d.V(j, k);
+    }
+    svd = lowrank_test::oracle_svd(base);
+  }
+  /// t = Σ c_k·w_k of the base's left vectors, scaled to length 1.
+  void set_first(std::vector<double> t, std::uint64_t seed) {
+    const Index m = base.rows(), n = base.cols();
+    const auto scale_to_one = [](std::vector<double>& v) {
+      double sum = 0;
+      for (const double e : v) sum += e * e;
+      for (double& e : v) e /= std::sqrt(sum);
+    };
+    scale_to_one(t);
+    std::vector<double> x(static_cast<std::size_t>(n)), tW(x), Wx(static_cast<std::size_t>(m));
+    CounterRng(seed).fill_normal(MatrixView<double>(x.data(), 1, n, n, 1));
+    scale_to_one(x);
+    double tWx = 0;
+    for (Index i = 0; i < m; ++i)
+      for (Index j = 0; j < n; ++j) {
+        tW[std::size_t(j)] += t[std::size_t(i)] * base(i, j);
+        Wx[std::size_t(i)] += base(i, j) * x[std::size_t(j)];
+        tWx += t[std::size_t(i)] * base(i, j) * x[std::size_t(j)];
+      }
+    tuned = base;
+    for (Index i = 0; i < m; ++i)
+      for (Index j = 0; j < n; ++j)
+        tuned(i, j) += (4 + tWx) * t[std::size_t(i)] * x[std::size_t(j)] - t[std::size_t(i)] * tW[std::size_t(j)] -
+                       Wx[std::size_t(i)] * x[std::size_t(j)];
+  }
+  /// A direction with the given cosines to some left vectors of the base, and the rest of its length in `others`.
+  [[nodiscard]] std::vector<double> direction(const std::vector<std::pair<Index, double>>& cosines, Index from,
+                                              Index to, std::uint64_t seed) const {
+    const CounterRng rng(seed);
+    std::vector<double> c(static_cast<std::size_t>(U.cols()));
+    double given = 0, spread = 0;
+    for (Index k = from; k < to; ++k) c[std::size_t(k)] = 0.5 + rng.uniform(std::uint64_t(k));
+    for (const auto& [k, cosine] : cosines) c[std::size_t(k)] = 0;
+    for (const double e : c) spread += e * e;
+    for (const auto& [k, cosine] : cosines) given += cosine * cosine;
+    for (double& e : c) e *= spread > 0 ? std::sqrt((1 - given) / spread) : 0;
+    for (const auto& [k, cosine] : cosines) c[std::size_t(k)] = cosine;
+    std::vector<double> t(static_cast<std::size_t>(U.rows()));
+    for (Index i = 0; i < U.rows(); ++i)
+      for (Index k = 0; k < U.cols(); ++k) t[std::size_t(i)] += U(i, k) * c[std::size_t(k)];
+    return t;
+  }
+};
+
+template <class T>
+void judge_first(LargePair& p, const std::vector<double>& t, IntruderProof expected, IntruderOptions o = {.k = 4}) {
+  p.set_first(t, 77);
+  const Matrix<T> W(p.base.view()), W1(p.tuned.view());
+  CAPTURE(proof_name(expected));
+  const auto report = find_intruders(W, W1, o);
+  // The base's own vectors, also for float: its rounding turns them by some 1e-5, and no cosine here is that near to ε.
+  const auto truth = two_svd_cosines(p.svd, lowrank_test::oracle_svd(W1), o.k, 1e-6);
+  REQUIRE(report.vectors.size() == truth.size());
+  const auto& first = report.vectors[0];
+  CHECK(std::string(proof_name(first.proof)) == proof_name(expected));
+  CHECK(first.singular_value == doctest::Approx(4).epsilon(1e-6));
+  REQUIRE(truth[0] >= 0);
+  for (std::size_t i = 0; i < truth.size(); ++i)
+    if (truth[i] >= 0) CHECK(report.vectors[i].intruder == (truth[i] < o.epsilon));
+  // Not because Lanczos had run out of directions.
+  CHECK(first.steps <= o.max_steps);
+  CHECK(o.max_steps < std::min(W.rows(), W.cols()));
+  CHECK(report.used_full_svd == (std::any_of(report.vectors.begin(), report.vectors.end(),
+                                             [](const auto& v) { return v.proof == IntruderProof::full_svd; })));
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("200 and more values: every certificate, against the two decompositions", T, float, double) {
+  for (const auto& [m, n] : {std::pair<Index, Index>{200, 230}, {240, 200}}) {
+    CAPTURE(m);
+    CAPTURE(n);
+    LargePair p(m, n, std::min(m, n), 5);
+    judge_first<T>(p, p.direction({{1, 0.9}}, 20, 200, 1), IntruderProof::similar_vector);
+    judge_first<T>(p, p.direction({}, 0, 9, 2), IntruderProof::little_left);
+    judge_first<T>(p, p.direction({}, 0, 200, 3), IntruderProof::christoffel);
+    // The cosine is large with a vector far beyond those computed for comparison.
+    judge_first<T>(p, p.direction({{150, 0.8}, {90, 0.6}}, 0, 0, 4), IntruderProof::ritz_pair);
+    judge_first<T>(p, p.direction({{120, 0.7}}, 60, 64, 4), IntruderProof::ritz_pair);
+    // The same, but no step in which a pair could converge.
+    judge_first<T>(p, p.direction({{150, 0.8}}, 60, 200, 4), IntruderProof::full_svd, {.k = 4, .max_steps = 3});
+  }
+}
+
+TEST_CASE("200 values: what only the two decompositions can tell, and do") {
+  // Two values that agree to 1e-4 share what u has there: .4 and .4 is an intruder, as one of .57 would not be. More
+  // steps than are allowed would be needed to see two.
+  LargePair twins(200, 230, 200, 6, 1e-4);
+  judge_first<double>(twins, twins.direction({{99, 0.4}, {100, 0.4}}, 20, 200, 1), IntruderProof::full_svd);
+  LargePair deficient(240, 200, 180, 7);  // no bound for the energy at zero: WᵀW has no inverse
+  judge_first<double>(deficient, deficient.direction({}, 0, 150, 3), IntruderProof::full_svd);
+  judge_first<double>(deficient, deficient.direction({{120, 0.7}}, 60, 64, 3), IntruderProof::full_svd);
+}
 
 TEST_CASE("factors, storages and orders give the verdicts of the dense matrices") {
   const Index m = 48, n = 40, r = 3;

@@ -147,3 +147,55 @@ TEST_CASE_TEMPLATE("amplification and alignment equal their definitions on dense
   CHECK(amplification_factor(c(W), svd(f)) == 0);
   CHECK(alignment(top, svd(f)).left.back() == 0);
 }
+
+TEST_CASE_TEMPLATE("amplification and alignment refuse what has no answer", T, float, double) {
+  const Index m = 12, n = 20, r = 3;
+  Matrix<T> W(m, n);
+  CounterRng(7).fill_normal(W.view());
+  LoraFactors<T> f{Matrix<T>(r, n), Matrix<T>(m, r), T(0.7)};
+  CounterRng(8).fill_normal(f.A.view());
+  CounterRng(9).fill_normal(f.B.view());
+  const Svd<T> good = svd(f);
+  const auto full = lowrank_test::oracle_svd(W);
+  Svd<T> top{Matrix<T>(full.U.view().middle_cols(0, 4)), {1, 1, 1, 1}, Matrix<T>(full.V.view().middle_cols(0, 4))};
+  REQUIRE(std::isfinite(amplification_factor(c(W), good)));
+  REQUIRE_NOTHROW(alignment(top, good));
+  const auto both_refuse = [&](const Svd<T>& delta, auto error, const char* what) {
+    using E = decltype(error);
+    CHECK_THROWS_WITH_AS(amplification_factor(c(W), delta), doctest::Contains(what), E);
+    CHECK_THROWS_WITH_AS(alignment(top, delta), doctest::Contains(what), E);
+  };
+  Svd<T> bad = good;
+  for (Index i = 0; i < bad.U.size(); ++i) bad.U.data()[i] *= 3;
+  both_refuse(bad, ArgumentError(""), "columns of U of the update must be orthonormal");
+  bad = good;
+  for (Index i = 0; i < n; ++i) bad.V(i, 1) = bad.V(i, 0);
+  both_refuse(bad, ArgumentError(""), "columns of V of the update must be orthonormal");
+  for (const T x : {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity()}) {
+    bad = good;
+    bad.U(2, 1) = x;
+    both_refuse(bad, NonFiniteError(""), "U of the update");
+    bad = good;
+    bad.V(0, 0) = x;
+    both_refuse(bad, NonFiniteError(""), "V of the update");
+    bad = good;
+    bad.S[1] = x;
+    both_refuse(bad, NonFiniteError(""), "singular value 1");
+    Matrix<T> broken = W;
+    broken(3, 4) = x;
+    CHECK_THROWS_WITH_AS(amplification_factor(c(broken), good), doctest::Contains("W must be finite"), NonFiniteError);
+  }
+  bad = good;
+  bad.S[2] = T(-1);
+  both_refuse(bad, ArgumentError(""), "singular value 2");
+  Svd<T> tilted = top;
+  for (Index i = 0; i < m; ++i) tilted.U(i, 0) *= 2;
+  CHECK_THROWS_AS(alignment(tilted, good), ArgumentError);
+  // An update of no rank has a basis all the same, and amplifies nothing.
+  LoraFactors<T> flat = f;
+  for (Index j = 0; j < n; ++j) flat.A(2, j) = flat.A(1, j);
+  CHECK(std::isfinite(amplification_factor(c(W), svd(flat))));
+  for (Index i = 0; i < flat.B.size(); ++i) flat.B.data()[i] = 0;
+  CHECK(amplification_factor(c(W), svd(flat)) == 0);
+  CHECK(alignment(top, svd(flat)).both.back() == 0);
+}

@@ -15,9 +15,9 @@ namespace lowrank {
 /// **Shapes** W out×in of float, double, bf16 or f16 in any order; A r×in, B out×r. **Scale** s = α/r or α/√r is
 /// divided out of the factors: the correction is s·B·A whatever α.
 /// **Throws** ArgumentError: rank, α, iterations < 1, block size, a covariance that is not symmetric and positive
-/// definite after damping, gptq without one; NonFiniteError: NaN or infinity in W. **Cost** T times a truncated SVD
-/// (started from the last one's subspace) and some passes over W; memory: one dense matrix in T besides Q (two with a
-/// covariance).
+/// definite after damping, gptq without one; NonFiniteError: NaN or infinity in W, with element and block. **Cost** T
+/// times a truncated SVD (started from the last one's subspace) and some passes over W; memory: one dense matrix in T
+/// besides Q (two with a covariance).
 /// **Numerics** an inexact SVD raises an iteration's error by at most about `svd_slack`; the error never exceeds that
 /// of plain quantisation. Same seed, same bits, whatever the threads.
 /// **Source** Li et al., "LoftQ", arXiv 2310.08659, algorithm 1. As published, s is ignored by PEFT; here it is not.

@@ -31,10 +31,11 @@ class QuantisedAlternation {
     result.factors = zero_factors();
     current_ = result.factors;
     Q_ = result.base;
-    E_.resize(W.rows(), W.cols());
     LoftqReport& report = result.report;
     report.method = method;
     report.weight_norm = std::sqrt(squared_norm(W));
+    if (!std::isfinite(report.weight_norm)) refuse_non_finite();
+    E_.resize(W.rows(), W.cols());
     quantise_rest();
     report.plain = measure();
     if (!o.gptq) return;
@@ -140,6 +141,14 @@ class QuantisedAlternation {
   [[nodiscard]] double error(const LoftqStep& s) const { return weight_.empty() ? s.frobenius : s.weighted; }
   [[nodiscard]] LoraFactors<T> zero_factors() const {
     return {Matrix<T>(o_.rank, W_.cols()), Matrix<T>(W_.rows(), o_.rank), T(scale_)};
+  }
+  /// Throws if an element of W is not finite in float, where blocks are quantised.
+  void refuse_non_finite() const {
+    for (Index i = 0; i < W_.rows(); ++i)
+      for (Index j = 0; j < W_.cols(); ++j)
+        if (const auto x = double(W_(i, j)); !std::isfinite(float(x)))
+          throw NonFiniteError(text(method_, ": W must be finite", std::isfinite(x) ? " in float" : "", ", got ", x,
+                                    " at (", i, ", ", j, "), block ", Q_.layout().block_of(i, j)));
   }
   /// E = W − s·B·A.
   void subtract_factors() { residual_base(W_, current_, E_.view()); }

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// A damped covariance and its Cholesky factor, in double and at the speed of products: what data-aware methods weigh
-// errors with.
+// A damped covariance, and the inverse of its Cholesky factor, in double and at the speed of products: what data-aware
+// methods weigh errors with.
 #pragma once
 
 #include <cmath>
 #include <span>
 
+#include "lowrank/linalg/cholesky.hpp"
 #include "lowrank/linalg/gemm.hpp"
 #include "lowrank/linalg/vector_ops.hpp"
 
@@ -44,35 +45,6 @@ Matrix<double> damped_covariance(const char* where, const char* what, MatrixView
   for (Index i = 0; i < n; ++i) G(i, i) += damping * mean;
   if (added != nullptr) *added = n > 0 ? damping * mean : 0.0;
   return G;
-}
-
-/// The lower Cholesky factor of G in place, zeros above it; reads the lower triangle alone. Returns −1, or the index of
-/// the first pivot that is not positive and its value in `pivot`.
-/// **Cost** n³/3 multiply-adds, all but O(n²·128) of them in products. **Numerics** same bits for any thread count.
-inline Index cholesky_blocked(MatrixView<double> G, double& pivot) {
-  const Index n = G.rows();
-  constexpr Index width = 128;
-  for (Index k0 = 0; k0 < n; k0 += width) {
-    const Index k1 = std::min(n, k0 + width), below = n - k0;
-    // The factored columns and those to come share their rows: disjoint, which gemm would not see of a transpose.
-    if (k0 > 0)
-      product<double, double, double>(-1, G.block(k0, 0, below, k0), G.block(k0, 0, k1 - k0, k0), true,
-                                      G.block(k0, k0, below, k1 - k0));
-    const auto solve = [&](Index i, Index end) {  // row i of the factor, columns [k0, end)
-      for (Index j = k0; j < end; ++j) G(i, j) = (G(i, j) - dot(j - k0, &G(i, k0), &G(j, k0))) / G(j, j);
-    };
-    for (Index i = k0; i < k1; ++i) {
-      solve(i, i);
-      pivot = G(i, i) - sum_of_squares(i - k0, &G(i, k0));
-      if (!(pivot > 0) || !std::isfinite(pivot)) return i;
-      G(i, i) = std::sqrt(pivot);
-      for (Index j = i + 1; j < n; ++j) G(i, j) = 0;
-    }
-    parallel_ranges(n - k1, 16, [&](Index i0, Index i1) {
-      for (Index i = k1 + i0; i < k1 + i1; ++i) solve(i, k1);
-    });
-  }
-  return -1;
 }
 
 /// L⁻¹ in place, L lower triangular with a diagonal without zeros.

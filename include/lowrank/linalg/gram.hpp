@@ -66,4 +66,20 @@ void gram_upper(MatrixView<const S> W, double scale, MatrixView<double> G) {
   gemm_packed_upper(1.0, columns, columns, false, G);
 }
 
+/// WᵀW whole, n×n. **Cost** as gram_upper.
+template <class S>
+Matrix<double> gram(MatrixView<const S> W) {
+  Matrix<double> G(W.cols(), W.cols());
+  if (W.empty()) return G;
+  gram_upper(W, 1.0, G.view());
+  constexpr Index tile = 64;  // a column of one tile stays in cache while it is read across
+  parallel_ranges((W.cols() + tile - 1) / tile, 1, [&](Index t0, Index t1) {
+    for (Index i0 = t0 * tile; i0 < std::min(t1 * tile, W.cols()); i0 += tile)
+      for (Index j0 = 0; j0 <= i0; j0 += tile)
+        for (Index i = i0; i < std::min(i0 + tile, W.cols()); ++i)
+          for (Index j = j0; j < std::min(j0 + tile, i); ++j) G(i, j) = G(j, i);
+  });
+  return G;
+}
+
 }  // namespace lowrank::detail

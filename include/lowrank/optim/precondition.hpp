@@ -6,22 +6,17 @@
 
 #include "lowrank/core/factors.hpp"
 #include "lowrank/linalg/cholesky.hpp"
-#include "lowrank/linalg/gemm.hpp"
+#include "lowrank/linalg/gram.hpp"
 
 namespace lowrank {
 
 namespace detail {
 
-/// M = P·Pᵀ + δ·I for the rows of P (r×n), in double.
+/// P·Pᵀ + δ·I for the rows of P (r×n), in double.
 template <class T>
 Matrix<double> damped_gram(MatrixView<const T> P, double delta) {
-  Matrix<double> M(P.rows(), P.rows());
-  for (Index i = 0; i < P.rows(); ++i)
-    for (Index j = 0; j <= i; ++j) {
-      double sum = i == j ? delta : 0.0;
-      for (Index k = 0; k < P.cols(); ++k) sum += double(P(i, k)) * double(P(j, k));
-      M(i, j) = M(j, i) = sum;
-    }
+  Matrix<double> M = gram(P.transposed());
+  for (Index i = 0; i < M.rows(); ++i) M(i, i) += delta;
   return M;
 }
 

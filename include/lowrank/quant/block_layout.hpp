@@ -65,6 +65,11 @@ struct BlockLayout {
     return blocking == Blocking::flat ? element / cols : segment;
   }
   [[nodiscard]] Index col_of(Index element) const { return blocking == Blocking::flat ? element % cols : element; }
+  /// The block of element (row, col).
+  [[nodiscard]] Index block_of(Index row, Index col) const {
+    if (blocking == Blocking::flat) return (row * cols + col) / block_size;
+    return row * blocks_per_segment() + col / block_size;
+  }
   /// Whether every row starts with a block, hence with a byte.
   [[nodiscard]] bool rows_start_blocks() const { return blocking != Blocking::flat || cols % block_size == 0; }
 };

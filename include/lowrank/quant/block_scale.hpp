@@ -22,6 +22,11 @@ class ScaleChooser {
   }
 
  private:
+  /// The range of the block, with zero in it, over the steps there are.
+  ///
+  /// That quotient is lowered by units in the last place, mostly none, until its outermost levels, rounded to float,
+  /// are what the ends of the block become and have that very quotient again. Then quantising the levels gives the same
+  /// scale, zero and codes. Of 256 neighbouring floats one has eight trailing zero bits, with which levels are exact.
   BlockScale affine(const float* x, Index n) const {
     float low = 0, high = 0;
     for (Index i = 0; i < n; ++i) {
@@ -29,9 +34,19 @@ class ScaleChooser {
       high = std::max(high, x[i]);
     }
     const int largest = (1 << book_.bits()) - 1;
-    const auto scale = float((double(high) - double(low)) / largest);
-    const int zero = scale == 0 ? 0 : std::clamp(int(std::nearbyint(-double(low) / double(scale))), 0, largest);
-    return {scale, float(zero)};
+    const auto step = [&](float from, float to) { return float((double(to) - double(from)) / largest); };
+    const auto zero_of = [&](float scale) {  // what the encoder makes of `low`, so that `low` gets code 0
+      return scale > 0 ? std::clamp(-__builtin_rintf(low / scale), 0.0F, float(largest)) : 0.0F;
+    };
+    const float first = step(low, high);
+    if (!std::isfinite(first)) return {first, 0};  // the caller refuses the block
+    float scale = first;
+    for (int tries = 0; tries < 512 && scale > 0; ++tries, scale = std::nextafter(scale, 0.0F)) {
+      const float zero = zero_of(scale);
+      if (__builtin_rintf(high / scale) + zero < float(largest)) continue;  // the last code would not be used
+      if (step(-zero * scale, (float(largest) - zero) * scale) == scale) return {scale, zero};
+    }
+    return {first, zero_of(first)};  // not among denormals
   }
   /// The clipping point among absmax·(1 − i/2k), i = 0 … k, with the least squared error.
   float searched(const float* x, Index n, float absmax, std::uint8_t* scratch) const {

@@ -50,9 +50,8 @@ class GptqFactor {
       std::stable_sort(order_.begin(), order_.end(), [&](Index a, Index b) { return view(a, a) > view(b, b); });
     std::copy(order_.rbegin(), order_.rend(), backward.begin());
     Matrix<double> L = detail::damped_covariance("gptq", "H", view, n, options.damping, backward, &damping_);
-    double pivot = 0;
-    if (const Index bad = detail::cholesky_blocked(L.view(), pivot); bad >= 0)
-      throw ArgumentError(detail::text("gptq: H must be positive definite after damping, got pivot ", pivot,
+    if (const Index bad = detail::cholesky_pivots(L.view(), 0); bad < n)
+      throw ArgumentError(detail::text("gptq: H must be positive definite after damping, got pivot ", L(bad, bad),
                                        " at column ", backward[std::size_t(bad)], "; raise damping (", options.damping,
                                        ")"));
     // Element (j, k) of an upper triangle read from the reversed lower one.

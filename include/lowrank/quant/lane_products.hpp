@@ -8,7 +8,7 @@
 // Scales change from lane to lane, not from lane to code, so they multiply sums of lanes.
 #pragma once
 
-#include "lowrank/quant/quantized_matrix.hpp"
+#include "lowrank/quant/quantized_arrays.hpp"
 
 #if defined(LOWRANK_QUANT_AVX512)
 
@@ -52,7 +52,7 @@ struct LaneGroup {
 };
 
 /// Whether the lane products take this matrix: whole groups a row, one table for all blocks.
-inline bool has_lane_products(const QuantizedMatrix<float>& w) {
+inline bool has_lane_products(const QuantizedArrays& w) {
   const Codebook& book = w.codebook();
   if (book.kind() != CodebookKind::table || (book.bits() != 2 && book.bits() != 4)) return false;
   return w.layout().rows_start_blocks() && w.cols() % (512 / book.bits()) == 0;
@@ -62,7 +62,7 @@ inline bool has_lane_products(const QuantizedMatrix<float>& w) {
 template <int Bits>
 class LaneScales {
  public:
-  explicit LaneScales(const QuantizedMatrix<float>& w) {
+  explicit LaneScales(const QuantizedArrays& w) {
     constexpr Index size = LaneGroup<Bits>::size;
     const Index block_size = w.layout().block_size;
     // Divided once, here: a division a group would cost as much as the group's sixteen lookups.
@@ -95,8 +95,8 @@ class LaneScales {
 /// C(i, j) = accumulate·C(i, j) + x_i · W(j, ·) for J rows of W from j and MR permuted vectors `ldx` apart. `buffer`
 /// holds the scales of J rows.
 template <int Bits, int MR, int J>
-void lane_dot(const float* x, Index ldx, const QuantizedMatrix<float>& w, const LaneScales<Bits>& lane_scales,
-              bool accumulate, MatrixView<float> c, Index j, float* buffer) {
+void lane_dot(const float* x, Index ldx, const QuantizedArrays& w, const LaneScales<Bits>& lane_scales, bool accumulate,
+              MatrixView<float> c, Index j, float* buffer) {
   using Group = LaneGroup<Bits>;
   const __m512 table = _mm512_loadu_ps(w.codebook().table16());
   const Index groups = w.cols() / Group::size, blocks = w.row_block(1);
@@ -134,7 +134,7 @@ void lane_dot(const float* x, Index ldx, const QuantizedMatrix<float>& w, const 
 
 /// out_i += Σ_r p(i, k + r)·W(k + r, ·) over K rows of W from k, groups [g0, g1), MR permuted outputs `ldo` apart.
 template <int Bits, int MR, int K>
-void lane_axpy(MatrixView<const float> p, Index k, const QuantizedMatrix<float>& w, const LaneScales<Bits>& lane_scales,
+void lane_axpy(MatrixView<const float> p, Index k, const QuantizedArrays& w, const LaneScales<Bits>& lane_scales,
                Index g0, Index g1, float* out, Index ldo, float* buffer) {
   using Group = LaneGroup<Bits>;
   const __m512 table = _mm512_loadu_ps(w.codebook().table16());
@@ -174,7 +174,7 @@ void lane_axpy(MatrixView<const float> p, Index k, const QuantizedMatrix<float>&
 
 /// C = accumulate·C + P·Wᵀ, P and C with contiguous rows.
 template <int Bits>
-void lane_forward(MatrixView<const float> p, const QuantizedMatrix<float>& w, bool accumulate, MatrixView<float> c) {
+void lane_forward(MatrixView<const float> p, const QuantizedArrays& w, bool accumulate, MatrixView<float> c) {
   thread_local Buffer<float> permuted;
   const Index n = w.cols();
   permuted.resize(p.rows() * n);
@@ -196,7 +196,7 @@ void lane_forward(MatrixView<const float> p, const QuantizedMatrix<float>& w, bo
 
 /// C = accumulate·C + P·W, P and C with contiguous rows.
 template <int Bits>
-void lane_backward(MatrixView<const float> p, const QuantizedMatrix<float>& w, bool accumulate, MatrixView<float> c) {
+void lane_backward(MatrixView<const float> p, const QuantizedArrays& w, bool accumulate, MatrixView<float> c) {
   using Group = LaneGroup<Bits>;
   const LaneScales<Bits> scales(w);
   const Index groups = w.cols() / Group::size;

@@ -2,137 +2,40 @@
 // QuantizedMatrix: a frozen weight kept as codes and scales, usable as the base of a layer without ever being widened.
 #pragma once
 
-#include <atomic>
-#include <limits>
-#include <span>
 #include <type_traits>
-#include <utility>
-#include <vector>
 
 #include "lowrank/linalg/base.hpp"
-#include "lowrank/quant/block_layout.hpp"
-#include "lowrank/quant/decode.hpp"
-#include "lowrank/quant/scale_table.hpp"
+#include "lowrank/quant/block_quantiser.hpp"
+#include "lowrank/quant/quantized_products.hpp"
 
 namespace lowrank {
 
-struct QuantizeOptions {
-  Codebook codebook = Codebook::nf4();
-  /// Elements that share a scale: a power of two, 32 … 4096.
-  Index block_size = 64;
-  Blocking blocking = Blocking::flat;
-  /// Keep the scales in bytes too, `double_block_size` of them to a second scale.
-  bool double_quantise = false;
-  Index double_block_size = 256;
-  /// Besides the largest magnitude, try this many smaller scales for each block (down to half) and keep the one with
-  /// the least squared error. 0 is what bitsandbytes does; 16 lowers the error of 2- and 3-bit tables markedly. Tables
-  /// only.
-  int scale_search = 0;
-};
-
-/// A quantised matrix as plain arrays, the way files hold it. Everything is copied.
-struct QuantizedParts {
-  /// Packed codes, see BlockLayout.
-  std::span<const std::uint8_t> codes = {};
-  /// One scale a block; empty when the scales are quantised themselves.
-  std::span<const float> absmax = {};
-  /// Double quantisation: a byte a block, a float for each `nested_block_size` of them, the 256 values, the offset.
-  std::span<const std::uint8_t> nested_codes = {};
-  std::span<const float> nested_absmax = {}, nested_values = {};
-  float nested_offset = 0;
-  Index nested_block_size = 256;
-  /// Affine codebooks: the zero of each block.
-  std::span<const std::uint8_t> zeros = {};
-};
-
-namespace detail {
-template <class T, bool Transposed>
-struct QuantizedSource;
-template <class T, class S>
-class Quantiser;
-}  // namespace detail
-
-/// W, out×in, as codes of 1 … 8 bits and a scale for each block of elements. Satisfies PackableBase.
+/// A frozen weight W, out×in, of codes and scales (see QuantizedArrays), used in T. Satisfies PackableBase, and
+/// RowReadable: it goes under LoraLinear, DoraLinear and LoraEmbedding.
 ///
-/// value(i, j) = table[code(i, j)] · scale(block of (i, j)), computed in float and then widened to T.
 /// **Shapes** W out×in; X tokens×in, Y and G tokens×out, dX tokens×in, in any order.
-/// **Cost** memory: codes and scales only (4.5 bits a weight for NF4 in blocks of 64, 4.13 double-quantised); products
-/// with up to four tokens decode in registers, larger ones decode one panel at a time into the packed product.
-/// **Numerics** products are those with the values dequantise() returns, up to rounding in T; the same bits for any
-/// number of threads.
-/// **Source** Dettmers et al., QLoRA, arXiv 2305.14314; layout of codes and scales as in bitsandbytes.
+/// **Cost** products with up to four tokens decode in registers, larger ones decode one panel at a time into the packed
+/// product.
+/// **Numerics** values are formed in float and widened to T; products are those with the values dequantise() returns,
+/// up to rounding in T; the same bits for any number of threads.
+/// **Source** Dettmers et al., QLoRA, arXiv 2305.14314; layout of codes and scales as bitsandbytes documents it.
 template <Real T>
-class QuantizedMatrix {
+class QuantizedMatrix : public QuantizedArrays {
  public:
   using scalar = T;
 
   QuantizedMatrix() = default;
 
   /// From arrays somebody else made. `options.double_quantise` is taken from the parts.
-  /// **Throws** ShapeError when an array has the wrong length; ArgumentError for a bad block size, a negative scale,
-  /// both or neither kind of scales; NonFiniteError for scales that are not finite. Any code bytes are well-defined.
+  /// **Throws** ShapeError when an array has the wrong length, before anything is allocated; ArgumentError for a bad
+  /// block size, a negative scale, both or neither kind of scales; NonFiniteError for scales that are not finite. Any
+  /// code bytes are well-defined.
   QuantizedMatrix(Index rows, Index cols, QuantizeOptions options, const QuantizedParts& parts)
-      : QuantizedMatrix("QuantizedMatrix", rows, cols, std::move(options)) {
-    expect_length("codes", parts.codes.size(), layout_.code_bytes());
-    std::copy(parts.codes.begin(), parts.codes.end(), codes_.begin());
-    expect_length("zeros", parts.zeros.size(), is_affine() ? layout_.block_count() : 0);
-    zeros_.assign(parts.zeros.begin(), parts.zeros.end());
-    const bool nested = !parts.nested_codes.empty();
-    if (nested && !parts.absmax.empty())
-      throw ArgumentError("QuantizedMatrix: give either absmax or nested scales, not both");
-    options_.double_quantise = nested;
-    if (nested) {
-      options_.double_block_size = parts.nested_block_size;
-      take_nested(parts);
-    } else {
-      expect_length("absmax", parts.absmax.size(), layout_.block_count());
-      for (std::size_t b = 0; b < parts.absmax.size(); ++b) expect_scale("absmax", b, parts.absmax[b]);
-      scales_ = detail::ScaleTable(std::vector<float>(parts.absmax.begin(), parts.absmax.end()));
-    }
-  }
+      : QuantizedArrays("QuantizedMatrix", rows, cols, std::move(options), parts) {}
 
   /// Zeros of a shape, to be assigned to. **Throws** as the constructor from parts.
   [[nodiscard]] static QuantizedMatrix zero(Index rows, Index cols, QuantizeOptions options = {}) {
-    QuantizedMatrix q("QuantizedMatrix::zero", rows, cols, std::move(options));
-    const std::vector<float> none(std::size_t(q.layout_.block_count()), 0.0F);
-    q.set_scales(none);
-    if (q.is_affine()) q.zeros_.assign(none.size(), 0);
-    return q;
-  }
-
-  [[nodiscard]] Index rows() const noexcept { return layout_.rows; }
-  [[nodiscard]] Index cols() const noexcept { return layout_.cols; }
-  [[nodiscard]] const Codebook& codebook() const noexcept { return options_.codebook; }
-  [[nodiscard]] const QuantizeOptions& options() const noexcept { return options_; }
-  [[nodiscard]] const BlockLayout& layout() const noexcept { return layout_; }
-
-  // ---- the arrays, as a file wants them
-  // ------------------------------------------------------------------------------
-  [[nodiscard]] std::span<const std::uint8_t> codes() const noexcept {
-    return {codes_.data(), std::size_t(layout_.code_bytes())};
-  }
-  /// One scale a block; empty when double-quantised.
-  [[nodiscard]] std::span<const float> absmax() const noexcept { return scales_.plain(); }
-  [[nodiscard]] bool is_double_quantised() const noexcept { return scales_.is_nested(); }
-  /// The second level; meaningful when is_double_quantised().
-  [[nodiscard]] const NestedScales& nested() const noexcept { return scales_.nested(); }
-  /// Affine codebooks: the zero of each block; empty otherwise.
-  [[nodiscard]] std::span<const std::uint8_t> zeros() const noexcept { return zeros_; }
-  /// The scale a block is decoded with, whichever way it is kept.
-  [[nodiscard]] float scale(Index block) const noexcept { return scales_[block]; }
-  /// The code of element (i, j).
-  [[nodiscard]] unsigned code(Index i, Index j) const noexcept {
-    const Position p = position(i, j);
-    return detail::code_at(layout_.bits, p.stream, p.offset);
-  }
-
-  /// Bytes of codes, scales and zeros.
-  [[nodiscard]] Index storage_bytes() const noexcept {
-    return layout_.code_bytes() + scales_.bytes() + Index(zeros_.size());
-  }
-  [[nodiscard]] double bits_per_weight() const noexcept {
-    const double n = double(rows()) * double(cols());
-    return n > 0 ? 8.0 * double(storage_bytes()) / n : 0.0;
+    return QuantizedMatrix(QuantizedArrays::zero("QuantizedMatrix::zero", rows, cols, std::move(options)));
   }
 
   // ---- values
@@ -156,7 +59,8 @@ class QuantizedMatrix {
   /// The same into memory of the caller's, in any order. **Throws** ShapeError.
   void dequantise(MatrixView<T> out) const {
     detail::expect_shape("QuantizedMatrix::dequantise", "the output", out.rows(), out.cols(), rows(), cols());
-    const Index grain = std::max<Index>(1, 65536 / std::max<Index>(1, cols()));
+    if (cols() == 0) return;
+    const Index grain = std::max<Index>(1, 65536 / cols());
     detail::parallel_ranges(rows(), grain, [&](Index i0, Index i1) {
       for (Index i = i0; i < i1; ++i) write_row(i, out.row(i));
     });
@@ -167,6 +71,8 @@ class QuantizedMatrix {
     detail::expect_shape("QuantizedMatrix::row", "the output", Index(1), Index(out.size()), Index(1), cols());
     write_row(i, MatrixView<T>(out.data(), 1, cols(), std::max<Index>(1, cols()), 1));
   }
+  /// Row i into cols() scalars at `out`, unchecked: how an embedding and DoRA read a base (RowReadable).
+  void copy_row(Index i, T* out) const { decode_row(i, 0, cols(), out); }
   /// Rows ids[0], ids[1], … of W as the rows of `out`, ids.size()×cols. **Throws** ShapeError.
   void lookup(std::span<const Index> ids, MatrixView<T> out) const {
     detail::expect_shape("QuantizedMatrix::lookup", "the output", out.rows(), out.cols(), Index(ids.size()), cols());
@@ -177,100 +83,34 @@ class QuantizedMatrix {
   // ---- products
   // ------------------------------------------------------------------------------------------------------
   /// Y = X·Wᵀ or Y += X·Wᵀ. **Throws** ShapeError; ArgumentError when Y overlaps X.
-  void forward(MatrixView<const T> X, MatrixView<T> Y, Update update = Update::assign) const;
+  void forward(MatrixView<const T> X, MatrixView<T> Y, Update update = Update::assign) const {
+    detail::expect_shape("QuantizedMatrix::forward", "X", X.rows(), X.cols(), Y.rows(), cols());
+    detail::expect_shape("QuantizedMatrix::forward", "Y", Y.rows(), Y.cols(), X.rows(), rows());
+    if (detail::overlap(X, Y)) throw ArgumentError("QuantizedMatrix::forward: Y must not overlap X");
+    detail::quantized_forward<T>(X, *this, Y, update);
+  }
   /// dX = G·W or dX += G·W. **Throws** ShapeError; ArgumentError when dX overlaps G.
-  void backward(MatrixView<const T> G, MatrixView<T> dX, Update update = Update::assign) const;
+  void backward(MatrixView<const T> G, MatrixView<T> dX, Update update = Update::assign) const {
+    detail::expect_shape("QuantizedMatrix::backward", "G", G.rows(), G.cols(), dX.rows(), rows());
+    detail::expect_shape("QuantizedMatrix::backward", "dX", dX.rows(), dX.cols(), G.rows(), cols());
+    if (detail::overlap(G, dX)) throw ArgumentError("QuantizedMatrix::backward: dX must not overlap G");
+    detail::quantized_backward<T>(G, *this, dX, update);
+  }
   /// W and Wᵀ for the packed product; see PackableBase.
   [[nodiscard]] auto panels() const { return detail::QuantizedSource<T, false>{this}; }
   [[nodiscard]] auto panels_transposed() const { return detail::QuantizedSource<T, true>{this}; }
 
   /// Replaces the contents by W quantised with the same options; W has the same shape. Reuses the memory there is.
-  /// **Throws** ShapeError, NonFiniteError; the contents are unspecified after a throw.
+  /// **Throws** ShapeError, NonFiniteError as quantise; the contents are unspecified after a throw.
   template <class S>
   void assign(MatrixView<S> W) {
     detail::expect_shape("QuantizedMatrix::assign", "W", W.rows(), W.cols(), rows(), cols());
-    detail::Quantiser<T, std::remove_const_t<S>>(*this, W).run();
+    detail::BlockQuantiser<std::remove_const_t<S>>(*this, W).run();
   }
-
-  // ---- for kernels
-  // ---------------------------------------------------------------------------------------------------
-  /// Values (row, col) … (row, col + n − 1), unchecked.
-  void decode_row(Index row, Index col, Index n, float* out) const {
-    Index block, offset, byte;
-    locate(row, col, block, offset, byte);
-    detail::decode_blocks(
-        options_.codebook, codes_.data() + byte, block_bytes_, layout_.block_size, offset, n,
-        [&](Index b) { return block_scale(block + b); }, out);
-  }
-  void decode_row(Index row, Index col, Index n, double* out) const {
-    float values[256];
-    for (Index k = 0; k < n; k += 256) {
-      const Index m = std::min<Index>(256, n - k);
-      decode_row(row, col + k, m, values);
-      for (Index i = 0; i < m; ++i) out[k + i] = double(values[i]);
-    }
-  }
-  [[nodiscard]] detail::BlockScale block_scale(Index block) const noexcept {
-    return {scales_[block], zeros_.empty() ? 0.0F : float(zeros_[std::size_t(block)])};
-  }
-  /// The scales of blocks [block, block + n), see ScaleTable::range.
-  [[nodiscard]] const float* scales(Index block, Index n, float* buffer) const noexcept {
-    return scales_.range(block, n, buffer);
-  }
-  /// The first byte of a row; only when layout().rows_start_blocks().
-  [[nodiscard]] const std::uint8_t* row_stream(Index row) const noexcept { return codes_.data() + row * row_bytes_; }
-  [[nodiscard]] Index row_block(Index row) const noexcept { return row * row_blocks_; }
 
  private:
-  template <class, class>
-  friend class detail::Quantiser;
-  struct Position {
-    const std::uint8_t* stream;
-    Index offset;
-  };
+  explicit QuantizedMatrix(QuantizedArrays arrays) : QuantizedArrays(std::move(arrays)) {}
 
-  QuantizedMatrix(const char* where, Index rows, Index cols, QuantizeOptions options)
-      : options_(std::move(options)),
-        layout_(BlockLayout::of(where, rows, cols, options_.block_size, options_.blocking, options_.codebook.bits())) {
-    if (options_.double_block_size < 32 || options_.double_block_size > 4096)
-      throw ArgumentError(
-          detail::text(where, ": double_block_size must lie in [32, 4096], got ", options_.double_block_size));
-    if (options_.scale_search < 0 || options_.scale_search > 256)
-      throw ArgumentError(detail::text(where, ": scale_search must lie in [0, 256], got ", options_.scale_search));
-    if (options_.scale_search > 0 && codebook().kind() != CodebookKind::table)
-      throw ArgumentError(detail::text(where, ": scale_search needs a table, not ", codebook().name()));
-    codes_.resize(layout_.code_bytes() + detail::code_padding);
-    std::fill(codes_.begin(), codes_.end(), std::uint8_t(0));
-    block_bytes_ = layout_.bytes(layout_.block_size);
-    const bool flat = layout_.blocking == Blocking::flat;
-    row_blocks_ = flat ? layout_.cols / layout_.block_size : layout_.blocks_per_segment();
-    row_bytes_ = flat ? row_blocks_ * block_bytes_ : layout_.bytes_per_segment();
-  }
-
-  /// Block number, offset within it, and the byte the block starts with, of element (row, col).
-  void locate(Index row, Index col, Index& block, Index& offset, Index& byte) const noexcept {
-    if (layout_.blocking == Blocking::row) {
-      block = row;
-      offset = col;
-      byte = row * row_bytes_;
-      return;
-    }
-    const int shift = std::countr_zero(std::uint64_t(layout_.block_size));  // block sizes are powers of two
-    const bool flat = layout_.blocking == Blocking::flat;
-    const Index element = flat ? row * layout_.cols + col : col;
-    offset = element & (layout_.block_size - 1);
-    block = element >> shift;
-    byte = block * block_bytes_;
-    if (!flat) {
-      block += row * row_blocks_;
-      byte += row * row_bytes_;
-    }
-  }
-  [[nodiscard]] Position position(Index row, Index col) const noexcept {
-    Index block, offset, byte;
-    locate(row, col, block, offset, byte);
-    return {codes_.data() + byte, offset};
-  }
   void write_row(Index i, MatrixView<T> out) const {
     if constexpr (std::same_as<T, float>)
       if (out.col_stride() == 1) return decode_row(i, 0, cols(), out.data());
@@ -285,53 +125,6 @@ class QuantizedMatrix {
     if (i < 0 || i >= rows()) [[unlikely]]
       throw ShapeError(detail::text("QuantizedMatrix: no row ", i, " in ", detail::shape_text(rows(), cols())));
   }
-  [[nodiscard]] bool is_affine() const noexcept { return codebook().kind() == CodebookKind::affine; }
-
-  void set_scales(const std::vector<float>& scales) {
-    scales_ = options_.double_quantise ? detail::ScaleTable::quantised(scales, options_.double_block_size)
-                                       : detail::ScaleTable(scales);
-  }
-  static void expect_length(const char* what, std::size_t got, Index want) {
-    if (Index(got) != want)
-      throw ShapeError(detail::text("QuantizedMatrix: ", what, " must have ", want, " elements, got ", got));
-  }
-  static void expect_scale(const char* what, std::size_t b, float s) {
-    if (!std::isfinite(s))
-      throw NonFiniteError(detail::text("QuantizedMatrix: ", what, " of block ", b, " is not finite"));
-    if (s < 0)
-      throw ArgumentError(
-          detail::text("QuantizedMatrix: ", what, " of block ", b, " must not be negative, got ", double(s)));
-  }
-  void take_nested(const QuantizedParts& p) {
-    if (p.nested_block_size < 1)
-      throw ArgumentError(
-          detail::text("QuantizedMatrix: nested_block_size must be positive, got ", p.nested_block_size));
-    expect_length("nested_codes", p.nested_codes.size(), layout_.block_count());
-    expect_length("nested_values", p.nested_values.size(), 256);
-    expect_length("nested_absmax", p.nested_absmax.size(),
-                  (layout_.block_count() + p.nested_block_size - 1) / p.nested_block_size);
-    for (std::size_t b = 0; b < p.nested_absmax.size(); ++b) expect_scale("nested_absmax", b, p.nested_absmax[b]);
-    NestedScales n{{p.nested_codes.begin(), p.nested_codes.end()},
-                   {p.nested_absmax.begin(), p.nested_absmax.end()},
-                   {p.nested_values.begin(), p.nested_values.end()},
-                   p.nested_offset,
-                   p.nested_block_size};
-    scales_ = detail::ScaleTable(std::move(n));
-    // A second-level scale may come out slightly below zero, as in bitsandbytes; it must only be a number.
-    for (Index b = 0; b < scales_.count(); ++b)
-      if (!std::isfinite(scales_[b]))
-        throw NonFiniteError(detail::text("QuantizedMatrix: the nested scale of block ", b, " is not finite"));
-  }
-
-  QuantizeOptions options_;
-  BlockLayout layout_;
-  Buffer<std::uint8_t> codes_;
-  detail::ScaleTable scales_;
-  std::vector<std::uint8_t> zeros_;
-  Index block_bytes_ = 32, row_blocks_ = 0, row_bytes_ = 0;
 };
 
 }  // namespace lowrank
-
-#include "lowrank/quant/quantise.hpp"
-#include "lowrank/quant/quantized_products.hpp"

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products with a QuantizedMatrix: few tokens decode in registers, many decode a panel at a time into the packed
+// Products with quantised weights: few tokens decode in registers, many decode a panel at a time into the packed
 // product.
 #pragma once
 
+#include "lowrank/linalg/gemm.hpp"
 #include "lowrank/quant/lane_products.hpp"
-#include "lowrank/quant/quantized_matrix.hpp"
 
 namespace lowrank {
 namespace detail {
@@ -12,7 +12,7 @@ namespace detail {
 /// W (rows = out, depth = in) or Wᵀ (rows = in, depth = out) as an operand of the packed product.
 template <class T, bool Transposed>
 struct QuantizedSource {
-  const QuantizedMatrix<T>* q;
+  const QuantizedArrays* q;
 
   [[nodiscard]] Index rows() const { return Transposed ? q->cols() : q->rows(); }
   [[nodiscard]] Index depth() const { return Transposed ? q->rows() : q->cols(); }
@@ -43,7 +43,7 @@ struct QuantizedSource {
 
 /// C = accumulate·C + P·Wᵀ for MR rows of P and rows [j0, j1) of W, by decoding into a buffer that stays in L1.
 template <int MR, class T>
-void quantized_dot(MatrixView<const T> p, const QuantizedMatrix<T>& w, bool accumulate, MatrixView<T> c, Index j0,
+void quantized_dot(MatrixView<const T> p, const QuantizedArrays& w, bool accumulate, MatrixView<T> c, Index j0,
                    Index j1) {
   constexpr Index J = 4, strip = 1024;
   T rows[J * strip];
@@ -59,7 +59,7 @@ void quantized_dot(MatrixView<const T> p, const QuantizedMatrix<T>& w, bool accu
 
 /// C(:, j0 … j1) += P·W for MR rows of P, by decoding into a buffer that stays in L1.
 template <int MR, class T>
-void quantized_axpy(MatrixView<const T> p, const QuantizedMatrix<T>& w, MatrixView<T> c, Index j0, Index j1) {
+void quantized_axpy(MatrixView<const T> p, const QuantizedArrays& w, MatrixView<T> c, Index j0, Index j1) {
   constexpr Index K = 8, strip = 512;
   T rows[K * strip];
   for (Index k = 0; k < w.rows(); k += K) {
@@ -78,8 +78,8 @@ inline __mmask16 lanes_within(Index left) { return __mmask16(left >= 16 ? 0xffff
 
 /// quantized_dot with codes decoded in registers: four rows of W share the loads of P.
 template <class Decoder, int MR>
-void quantized_dot_avx512(MatrixView<const float> p, const QuantizedMatrix<float>& w, bool accumulate,
-                          MatrixView<float> c, Index j0, Index j1) {
+void quantized_dot_avx512(MatrixView<const float> p, const QuantizedArrays& w, bool accumulate, MatrixView<float> c,
+                          Index j0, Index j1) {
   const Index cols = w.cols(), size = w.layout().block_size;
   const auto rows = [&]<int J>(Index j) {
     __m512 acc[MR][J];
@@ -122,7 +122,7 @@ void quantized_dot_avx512(MatrixView<const float> p, const QuantizedMatrix<float
 
 /// quantized_axpy with codes decoded in registers: eight rows of W share the loads and stores of C. j0 starts a block.
 template <class Decoder, int MR>
-void quantized_axpy_avx512(MatrixView<const float> p, const QuantizedMatrix<float>& w, MatrixView<float> c, Index j0,
+void quantized_axpy_avx512(MatrixView<const float> p, const QuantizedArrays& w, MatrixView<float> c, Index j0,
                            Index j1) {
   const Index size = w.layout().block_size;
   const auto rows = [&]<int K>(Index k) {
@@ -164,7 +164,7 @@ void quantized_axpy_avx512(MatrixView<const float> p, const QuantizedMatrix<floa
 
 /// C = accumulate·C + P·Wᵀ for few rows of P; P and C have contiguous rows.
 template <Path Kernel = native_path, class T>
-void quantized_few_forward(MatrixView<const T> p, const QuantizedMatrix<T>& w, bool accumulate, MatrixView<T> c) {
+void quantized_few_forward(MatrixView<const T> p, const QuantizedArrays& w, bool accumulate, MatrixView<T> c) {
 #if defined(LOWRANK_QUANT_AVX512)
   if constexpr (Kernel == Path::avx512 && std::same_as<T, float>)
     if (has_lane_products(w))
@@ -188,7 +188,7 @@ void quantized_few_forward(MatrixView<const T> p, const QuantizedMatrix<T>& w, b
 
 /// C = accumulate·C + P·W for few rows of P; P and C have contiguous rows.
 template <Path Kernel = native_path, class T>
-void quantized_few_backward(MatrixView<const T> p, const QuantizedMatrix<T>& w, bool accumulate, MatrixView<T> c) {
+void quantized_few_backward(MatrixView<const T> p, const QuantizedArrays& w, bool accumulate, MatrixView<T> c) {
 #if defined(LOWRANK_QUANT_AVX512)
   if constexpr (Kernel == Path::avx512 && std::same_as<T, float>)
     if (has_lane_products(w))
@@ -233,30 +233,25 @@ bool nothing_to_multiply(MatrixView<T> c, Index depth, Update update) {
   return true;
 }
 
+/// Y = X·Wᵀ or Y += X·Wᵀ; shapes fit.
+template <class T>
+void quantized_forward(MatrixView<const T> X, const QuantizedArrays& w, MatrixView<T> Y, Update update) {
+  if (nothing_to_multiply(Y, w.cols(), update)) return;
+  const bool accumulate = update == Update::accumulate;
+  if (X.rows() <= few_rows_limit && X.is_row_major() && Y.is_row_major())
+    return quantized_few_forward(X, w, accumulate, Y);
+  packed_product(X, QuantizedSource<T, false>{&w}, accumulate, Y);
+}
+
+/// dX = G·W or dX += G·W; shapes fit.
+template <class T>
+void quantized_backward(MatrixView<const T> G, const QuantizedArrays& w, MatrixView<T> dX, Update update) {
+  if (nothing_to_multiply(dX, w.rows(), update)) return;
+  const bool accumulate = update == Update::accumulate;
+  if (G.rows() <= few_rows_limit && G.is_row_major() && dX.is_row_major())
+    return quantized_few_backward(G, w, accumulate, dX);
+  packed_product(G, QuantizedSource<T, true>{&w}, accumulate, dX);
+}
+
 }  // namespace detail
-
-template <Real T>
-void QuantizedMatrix<T>::forward(MatrixView<const T> X, MatrixView<T> Y, Update update) const {
-  detail::expect_shape("QuantizedMatrix::forward", "X", X.rows(), X.cols(), Y.rows(), cols());
-  detail::expect_shape("QuantizedMatrix::forward", "Y", Y.rows(), Y.cols(), X.rows(), rows());
-  if (detail::overlap(X, Y)) throw ArgumentError("QuantizedMatrix::forward: Y must not overlap X");
-  if (detail::nothing_to_multiply(Y, cols(), update)) return;
-  const bool accumulate = update == Update::accumulate;
-  if (X.rows() <= detail::few_rows_limit && X.is_row_major() && Y.is_row_major())
-    return detail::quantized_few_forward(X, *this, accumulate, Y);
-  detail::packed_product(X, panels(), accumulate, Y);
-}
-
-template <Real T>
-void QuantizedMatrix<T>::backward(MatrixView<const T> G, MatrixView<T> dX, Update update) const {
-  detail::expect_shape("QuantizedMatrix::backward", "G", G.rows(), G.cols(), dX.rows(), rows());
-  detail::expect_shape("QuantizedMatrix::backward", "dX", dX.rows(), dX.cols(), G.rows(), cols());
-  if (detail::overlap(G, dX)) throw ArgumentError("QuantizedMatrix::backward: dX must not overlap G");
-  if (detail::nothing_to_multiply(dX, rows(), update)) return;
-  const bool accumulate = update == Update::accumulate;
-  if (G.rows() <= detail::few_rows_limit && G.is_row_major() && dX.is_row_major())
-    return detail::quantized_few_backward(G, *this, accumulate, dX);
-  detail::packed_product(G, panels_transposed(), accumulate, dX);
-}
-
 }  // namespace lowrank

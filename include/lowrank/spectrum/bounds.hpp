@@ -126,6 +126,129 @@ inline Interval energy_rank_interval(const SpectrumBox& b, double tau, Interval 
   return r;
 }
 
+template <class T>
+void check_knowledge(std::span<const T> s, Index count, const SpectrumKnowledge& known) {
+  if (!(known.error >= 0) || !std::isfinite(known.error))
+    throw ArgumentError(text("spectrum_bounds: error must be finite and not negative, got ", known.error));
+  if (!known.errors.empty() && known.errors.size() != s.size())
+    throw ShapeError(text("spectrum_bounds: ", s.size(), " values came with ", known.errors.size(), " errors"));
+  for (const double e : known.errors)
+    if (!(e >= 0) || !std::isfinite(e))
+      throw ArgumentError(text("spectrum_bounds: errors must be finite and not negative, got ", e));
+  if (Index(s.size()) < count && !(known.frobenius >= 0))
+    throw ArgumentError(text("spectrum_bounds: ", s.size(), " of ", count, " singular values need the Frobenius norm"));
+}
+
+/// A spectrum of `count` values as a box of them all and an interval of their energy, relative to `unit`, the largest
+/// the first can be; nothing else is known of it when `unit` is 0: all are zero.
+struct BoundedSpectrum {
+  SpectrumBox box;
+  Interval total;
+  double unit = 0, count = 0;
+  bool total_known = false;
+
+  [[nodiscard]] bool complete() const { return box.count == 0; }
+  /// σ₁ is at most 1; it is at least this.
+  [[nodiscard]] double top_lo() const { return box.lo.empty() ? std::sqrt(total.lo) / std::sqrt(count) : box.lo[0]; }
+};
+
+template <class T>
+BoundedSpectrum bounded_spectrum(std::span<const T> s, Index count, const SpectrumKnowledge& known) {
+  const auto error = [&](std::size_t i) { return known.errors.empty() ? known.error : known.errors[i]; };
+  BoundedSpectrum r;
+  r.count = double(count);
+  r.total_known = known.frobenius >= 0;
+  r.unit = s.empty() ? known.frobenius : double(s[0]) + error(0);
+  if (count == 0 || r.unit == 0) return {};
+  SpectrumBox& b = r.box;
+  Interval head;
+  for (std::size_t i = 0; i < s.size(); ++i) {
+    const double x = double(s[i]), e = error(i);
+    b.lo.push_back(std::max(0.0, x - e) / r.unit);
+    b.hi.push_back(std::min(x + e, r.unit) / r.unit);
+    head.lo += b.lo.back() * b.lo.back();
+    head.hi += b.hi.back() * b.hi.back();
+  }
+  r.total = head;
+  if (r.total_known) {
+    const double f = known.frobenius / r.unit;
+    r.total = {f * f * (1 - 2 * known.frobenius_error), f * f * (1 + 2 * known.frobenius_error)};
+    if (r.total.hi < head.lo * (1 - 1e-9))
+      throw ArgumentError(text("spectrum_bounds: the values alone have norm ", frobenius_norm(s),
+                               ", more than the Frobenius norm ", known.frobenius));
+  }
+  b.count = double(count - Index(s.size()));
+  if (b.count > 0) {
+    b.cap = s.empty() ? 1 : b.hi.back();
+    b.energy_lo = std::max(0.0, r.total.lo - head.hi);
+    b.energy_hi = std::min(std::max(0.0, r.total.hi - head.lo), b.count * b.cap * b.cap);
+  }
+  return r;
+}
+
+inline void bound_norms(const BoundedSpectrum& s, SpectrumBounds& out) {
+  Interval sum{s.box.tail_sum_lo(), s.box.tail_sum_hi()};
+  for (const double x : s.box.lo) sum.lo += x;
+  for (const double x : s.box.hi) sum.hi += x;
+  const double F_lo = std::sqrt(s.total.lo), F_hi = std::sqrt(s.total.hi);
+  out.lower.spectral_norm = s.unit * s.top_lo();
+  out.upper.spectral_norm = s.unit;
+  out.lower.frobenius_norm = s.unit * F_lo;
+  out.upper.frobenius_norm = s.unit * F_hi;
+  out.lower.nuclear_norm = s.unit * std::max(sum.lo, F_lo);
+  out.upper.nuclear_norm = s.unit * std::min(sum.hi, F_hi * std::sqrt(s.count));
+}
+
+inline void bound_energy_ranks(const BoundedSpectrum& s, SpectrumBounds& out) {
+  const auto rank = [&](double tau, Index SpectrumMetrics::*field) {
+    const Interval r = energy_rank_interval(s.box, tau, s.total, s.total_known);
+    out.lower.*field = Index(r.lo);
+    out.upper.*field = Index(r.hi);
+  };
+  rank(0.90, &SpectrumMetrics::energy_rank_90);
+  rank(0.95, &SpectrumMetrics::energy_rank_95);
+  rank(0.99, &SpectrumMetrics::energy_rank_99);
+}
+
+/// Effective rank, stable rank and participation ratio, which lie between 1 and the number of values.
+inline void bound_smooth_ranks(const BoundedSpectrum& s, SpectrumBounds& out) {
+  const SpectrumBox& b = s.box;
+  auto &lo = out.lower, &hi = out.upper;
+  const Interval entropy = entropy_interval(b);
+  lo.effective_rank = std::clamp(std::exp(entropy.lo), 1.0, s.count);
+  hi.effective_rank = std::min(std::exp(entropy.hi), s.count);
+  const double top = s.top_lo();
+  lo.stable_rank = std::clamp(s.total.lo, 1.0, s.count);
+  hi.stable_rank = top > 0 ? std::min(s.total.hi / (top * top), s.count) : s.count;
+  // Σσ⁴ of a tail of energy E: at least E²/count, when it is flat; at most E·cap².
+  Interval four{b.count > 0 ? b.energy_lo * b.energy_lo / b.count : 0, b.energy_hi * b.cap * b.cap};
+  for (const double x : b.lo) four.lo += std::pow(x, 4);
+  for (const double x : b.hi) four.hi += std::pow(x, 4);
+  lo.participation_ratio = std::clamp(four.hi > 0 ? s.total.lo * s.total.lo / four.hi : 1, 1.0, s.count);
+  hi.participation_ratio = four.lo > 0 ? std::min(s.total.hi * s.total.hi / four.lo, s.count) : s.count;
+}
+
+/// Numerical rank, for a tolerance of `scale`·σ₁, and condition number: what hangs on the smallest values.
+inline void bound_small_values(const BoundedSpectrum& s, double scale, SpectrumBounds& out) {
+  const SpectrumBox& b = s.box;
+  auto &lo = out.lower, &hi = out.upper;
+  const double top = s.top_lo(), tolerance = top * scale;
+  for (std::size_t i = 0; i < b.lo.size(); ++i) {
+    lo.numerical_rank += b.lo[i] > scale ? 1 : 0;
+    hi.numerical_rank += b.hi[i] > tolerance ? 1 : 0;
+  }
+  if (s.complete()) {
+    lo.condition_number = std::max(1.0, b.lo[0] / b.hi.back());  // 1 for 0/0
+    hi.condition_number = b.lo.back() > 0 ? 1 / b.lo.back() : std::numeric_limits<double>::infinity();
+    return;
+  }
+  // A tail of energy E has at least E/cap² members, if they are all above the tolerance.
+  if (std::sqrt(b.energy_lo / b.count) > scale) lo.numerical_rank += 1;
+  if (b.cap > tolerance) hi.numerical_rank += Index(std::min(b.count, b.energy_hi / (tolerance * tolerance)));
+  lo.condition_number = std::max(1.0, b.cap > 0 ? top / b.cap : 1.0);
+  hi.condition_number = std::numeric_limits<double>::infinity();
+}
+
 }  // namespace detail
 
 /// Bounds of every metric from all singular values with an error, or from the largest k of them and ‖W‖_F.
@@ -141,94 +264,16 @@ inline Interval energy_rank_interval(const SpectrumBox& b, double tau, Interval 
 template <SingularValueList S>
 SpectrumBounds spectrum_bounds(const S& sigma, Index rows, Index cols, const SpectrumKnowledge& known = {}) {
   const auto s = detail::sigma_span(sigma);
+  (void)numerical_rank(sigma, rows, cols, known.eps);  // checks the values and their number
+  const Index count = std::min(rows, cols);
+  detail::check_knowledge(s, count, known);
+  const detail::BoundedSpectrum bounded = detail::bounded_spectrum(s, count, known);
   SpectrumBounds out;
-  const auto estimate = spectrum_metrics(sigma, rows, cols, known.eps);  // checks the values and their number
-  if (!(known.error >= 0) || !std::isfinite(known.error))
-    throw ArgumentError(detail::text("spectrum_bounds: error must be finite and not negative, got ", known.error));
-  if (!known.errors.empty() && known.errors.size() != s.size())
-    throw ShapeError(detail::text("spectrum_bounds: ", s.size(), " values came with ", known.errors.size(), " errors"));
-  for (const double e : known.errors)
-    if (!(e >= 0) || !std::isfinite(e))
-      throw ArgumentError(detail::text("spectrum_bounds: errors must be finite and not negative, got ", e));
-  const auto error = [&](std::size_t i) { return known.errors.empty() ? known.error : known.errors[i]; };
-  const Index N = std::min(rows, cols), k = Index(s.size());
-  const bool total_known = known.frobenius >= 0;
-  if (k < N && !total_known)
-    throw ArgumentError(detail::text("spectrum_bounds: ", k, " of ", N, " singular values need the Frobenius norm"));
-  if (N == 0) return out;
-  const double unit = k > 0 ? double(s[0]) + error(0) : known.frobenius;
-  if (unit == 0) return out;
-
-  detail::SpectrumBox b;
-  detail::Interval head;
-  for (std::size_t i = 0; i < s.size(); ++i) {
-    const double x = double(s[i]), e = error(i);
-    b.lo.push_back(std::max(0.0, x - e) / unit);
-    b.hi.push_back(std::min(x + e, unit) / unit);
-    head.lo += b.lo.back() * b.lo.back();
-    head.hi += b.hi.back() * b.hi.back();
-  }
-  detail::Interval total = head;
-  if (total_known) {
-    const double f = known.frobenius / unit;
-    total = {f * f * (1 - 2 * known.frobenius_error), f * f * (1 + 2 * known.frobenius_error)};
-    if (total.hi < head.lo * (1 - 1e-9))
-      throw ArgumentError(detail::text("spectrum_bounds: the values alone have norm ", estimate.frobenius_norm,
-                                       ", more than the Frobenius norm ", known.frobenius));
-  }
-  b.count = double(N - k);
-  if (k < N) {
-    b.cap = k > 0 ? b.hi.back() : 1;
-    b.energy_lo = std::max(0.0, total.lo - head.hi);
-    b.energy_hi = std::min(std::max(0.0, total.hi - head.lo), b.count * b.cap * b.cap);
-  }
-  const double F_lo = std::sqrt(total.lo), F_hi = std::sqrt(total.hi);
-  const double top_lo = k > 0 ? b.lo[0] : F_lo / std::sqrt(double(N)), top_hi = 1;
-
-  double sum_lo = b.tail_sum_lo(), sum_hi = b.tail_sum_hi();
-  double four_lo = b.count > 0 ? b.energy_lo * b.energy_lo / b.count : 0, four_hi = b.energy_hi * b.cap * b.cap;
-  for (std::size_t i = 0; i < b.lo.size(); ++i) {
-    sum_lo += b.lo[i];
-    sum_hi += b.hi[i];
-    four_lo += std::pow(b.lo[i], 4);
-    four_hi += std::pow(b.hi[i], 4);
-  }
-  auto &lo = out.lower, &hi = out.upper;
-  lo.spectral_norm = unit * top_lo;
-  hi.spectral_norm = unit * top_hi;
-  lo.frobenius_norm = unit * F_lo;
-  hi.frobenius_norm = unit * F_hi;
-  lo.nuclear_norm = unit * std::max(sum_lo, F_lo);
-  hi.nuclear_norm = unit * std::min(sum_hi, F_hi * std::sqrt(double(N)));
-  const auto rank = [&](double tau, Index SpectrumMetrics::*field) {
-    const auto r = detail::energy_rank_interval(b, tau, total, total_known);
-    lo.*field = Index(r.lo);
-    hi.*field = Index(r.hi);
-  };
-  rank(0.90, &SpectrumMetrics::energy_rank_90);
-  rank(0.95, &SpectrumMetrics::energy_rank_95);
-  rank(0.99, &SpectrumMetrics::energy_rank_99);
-  const auto entropy = detail::entropy_interval(b);
-  const double most = double(N);
-  lo.effective_rank = std::clamp(std::exp(entropy.lo), 1.0, most);
-  hi.effective_rank = std::min(std::exp(entropy.hi), most);
-  lo.stable_rank = std::clamp(total.lo / (top_hi * top_hi), 1.0, most);
-  hi.stable_rank = top_lo > 0 ? std::min(total.hi / (top_lo * top_lo), most) : most;
-  lo.participation_ratio = std::clamp(four_hi > 0 ? total.lo * total.lo / four_hi : 1, 1.0, most);
-  hi.participation_ratio = four_lo > 0 ? std::min(total.hi * total.hi / four_lo, most) : most;
-  const double scale = double(std::max(rows, cols)) * known.eps;
-  for (std::size_t i = 0; i < b.lo.size(); ++i) {
-    lo.numerical_rank += b.lo[i] > top_hi * scale ? 1 : 0;
-    hi.numerical_rank += b.hi[i] > top_lo * scale ? 1 : 0;
-  }
-  if (k < N) {  // a tail of energy E has at least E/cap² members, if they are all above the tolerance
-    const double tolerance = top_lo * scale, tail_top = b.count > 0 ? std::sqrt(b.energy_lo / b.count) : 0;
-    if (tail_top > top_hi * scale) lo.numerical_rank += 1;
-    if (b.cap > tolerance) hi.numerical_rank += Index(std::min(b.count, b.energy_hi / (tolerance * tolerance)));
-  }
-  lo.condition_number = k == N ? b.lo[0] / b.hi.back() : std::max(1.0, b.cap > 0 ? top_lo / b.cap : 1.0);
-  hi.condition_number = k == N && b.lo.back() > 0 ? top_hi / b.lo.back() : std::numeric_limits<double>::infinity();
-  lo.condition_number = std::max(lo.condition_number, 1.0);
+  if (bounded.unit == 0) return out;
+  detail::bound_norms(bounded, out);
+  detail::bound_energy_ranks(bounded, out);
+  detail::bound_smooth_ranks(bounded, out);
+  detail::bound_small_values(bounded, double(std::max(rows, cols)) * known.eps, out);
   return out;
 }
 

@@ -2,21 +2,17 @@
 // Tracker: the spectra of updates while they are trained, for a fixed small share of the training time.
 #pragma once
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#include <cerrno>
 #include <charconv>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <span>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
+#include "lowrank/core/line_file.hpp"
 #include "lowrank/linalg/factor_svd.hpp"
 #include "lowrank/linalg/truncated_svd.hpp"
 #include "lowrank/spectrum/bounds.hpp"
@@ -24,51 +20,6 @@
 namespace lowrank {
 
 namespace detail {
-
-/// Lines appended to a file so that a crash leaves whole lines: each block is one write, and a torn last line of an
-/// earlier run is cut off when the file is opened again.
-class LineFile {
- public:
-  explicit LineFile(std::string path) : path_(std::move(path)) {
-    fd_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_APPEND, 0644);
-    if (fd_ < 0) fail("cannot open for appending");
-    struct stat info {};
-    if (::fstat(fd_, &info) != 0) fail("cannot stat");
-    if (!S_ISREG(info.st_mode)) {
-      ::close(fd_);
-      throw IoError(path_, "is not a regular file");
-    }
-    off_t end = info.st_size;
-    char c = 0;
-    while (end > 0 && (::pread(fd_, &c, 1, end - 1) != 1 || c != '\n')) --end;
-    if (end != info.st_size && ::ftruncate(fd_, end) != 0) fail("cannot cut off the torn last line");
-    empty_ = end == 0;
-  }
-  LineFile(LineFile&& o) noexcept : path_(std::move(o.path_)), fd_(std::exchange(o.fd_, -1)), empty_(o.empty_) {}
-  LineFile& operator=(LineFile&&) = delete;
-  ~LineFile() {
-    if (fd_ >= 0) ::close(fd_);
-  }
-  [[nodiscard]] bool empty() const noexcept { return empty_; }
-  void append(std::string_view block) {
-    while (!block.empty()) {
-      const ssize_t n = ::write(fd_, block.data(), block.size());
-      if (n < 0 && errno == EINTR) continue;
-      if (n <= 0) fail("cannot append");
-      block.remove_prefix(std::size_t(n));
-    }
-    empty_ = false;
-  }
-
- private:
-  [[noreturn]] void fail(const char* what) {
-    const int error = errno;
-    throw IoError(path_, text(what, ": ", std::strerror(error)));
-  }
-  std::string path_;
-  int fd_ = -1;
-  bool empty_ = true;
-};
 
 /// The shortest decimal that reads back as x; nothing for NaN and infinity.
 inline void append_number(std::string& out, double x, const char* otherwise) {
@@ -78,6 +29,16 @@ inline void append_number(std::string& out, double x, const char* otherwise) {
   }
   char buffer[32];
   out.append(buffer, std::to_chars(buffer, buffer + sizeof buffer, x).ptr);
+}
+
+/// A number that lies in [low, high], to the digits that are certain: it is within one unit of the last one written.
+inline void append_certain(std::string& out, double low, double high) {
+  const double middle = low + (high - low) / 2, spread = high - low;
+  if (!(spread > 0) || middle == 0) return append_number(out, middle, "");
+  const double leading = std::floor(std::log10(std::abs(middle))), unit = std::ceil(std::log10(spread));
+  char buffer[40];
+  const int digits = int(std::clamp(leading - unit + 1, 1.0, 17.0));
+  out.append(buffer, std::to_chars(buffer, buffer + sizeof buffer, middle, std::chars_format::general, digits).ptr);
 }
 
 inline void append_quoted(std::string& out, std::string_view s, bool json) {
@@ -98,7 +59,7 @@ inline void append_quoted(std::string& out, std::string_view s, bool json) {
 
 }  // namespace detail
 
-/// How often and how much a Tracker records.
+/// What a Tracker records, how often and how much.
 struct TrackerOptions {
   /// Record every so many steps; 0: as often as `budget` allows.
   Index every = 0;
@@ -106,6 +67,12 @@ struct TrackerOptions {
   double budget = 0.02;
   /// Leading singular values followed of a dense update. LoRA updates are followed exactly.
   Index rank = 16;
+  /// Names of the metrics recorded, as for_each_metric has them, in its order; empty: all.
+  std::vector<std::string> metrics = {};
+  /// Steps taken before this run: the first one counted is the next. A run that resumes says here where it stands.
+  Index first_step = 0;
+  /// Seconds from any start, for training loops with a clock of their own; null: the steady clock.
+  double (*clock)() = nullptr;
 };
 
 /// Follows ΔW of any number of modules through a training run and appends their metrics to a file.
@@ -114,30 +81,29 @@ struct TrackerOptions {
 ///     tracker.watch("q_proj", factors);             // A, B, scale: or a dense weight, whose start is remembered
 ///     for (...) { train_one_step(); tracker.step(); }
 ///
-/// One line a module and record: step, seconds of training, name, every metric of SpectrumMetrics, and for a dense
-/// update "captured", the share of its energy in the values followed; metrics that these do not determine are left
-/// empty.
-/// **Throws** IoError when the file cannot be opened or written; ArgumentError on bad options. A weight that has become
-/// NaN does not stop the training: its metrics are empty from then on. **Cost** a LoRA module O((m + n)·r²); a dense
-/// one some readings of W, fewer than a cold start takes because each SVD begins at the vectors of the one before. With
-/// `every` 0 the first step is recorded, and later ones when all recording so far, and one more like the last, stay
-/// within `budget` of the time trained.
-/// **Numerics** see singular_values and truncated_svd. The file survives a crash of the process: whole lines only, and
-/// a new run appends to it.
+/// One line a module and record: step, seconds of training, name, the metrics chosen, and for a dense update
+/// "captured", the share of its energy in the values followed.
+/// **Throws** IoError when the file cannot be opened or written, or is not empty and begins with a line no tracker with
+/// these metrics writes (it is then left alone); ArgumentError on bad options. A weight that has become NaN does not
+/// stop the training: its metrics are empty from then on. **Cost** a LoRA module O((m + n)·r²); a dense one at most 30
+/// readings of W, fewer than a cold start takes because each SVD begins at the vectors of the one before. With `every`
+/// 0 the first step is recorded, and later ones when all recording so far, and one more like the last, stay within
+/// `budget` of the time trained.
+/// **Numerics** every number is written to the digits spectrum_bounds makes certain: the metric lies within one unit of
+/// the last digit. One known to less than 1 in 1000, and a rank whose bounds do not agree, is left empty; an update
+/// that cannot be told from zero has zeros. Singular values of a dense update are taken to within their residuals
+/// (value_error), which are asked to be 2e-4·σ₁. The file survives a crash of the process: whole lines only, and a new
+/// run appends to it.
 template <Real T>
 class Tracker {
  public:
   explicit Tracker(const std::string& path, const TrackerOptions& options = {})
-      : file_(path), json_(path.ends_with(".jsonl") || path.ends_with(".json")), o_(options), start_(Clock::now()) {
-    if (o_.every < 0 || o_.rank < 1 || !(o_.budget > 0 && o_.budget <= 1))
-      throw ArgumentError(
-          detail::text("Tracker: every must not be negative, rank at least 1 and budget in (0, 1], got ", o_.every,
-                       ", ", o_.rank, " and ", o_.budget));
-    if (json_ || !file_.empty()) return;
-    std::string head = "step,seconds,module";
-    const SpectrumMetrics names;
-    for_each_metric(names, [&](const char* name, auto) { head += std::string(",") + name; });
-    file_.append(head + ",captured\n");
+      : o_(checked(options)),
+        json_(path.ends_with(".jsonl") || path.ends_with(".json")),
+        file_(path, first_line()),
+        start_(now()),
+        step_(o_.first_step) {
+    if (!json_ && file_.empty()) file_.append(head() + "\n");
   }
 
   /// Follows s·B·A. The matrices are looked at when a record is made; they must outlive the tracker.
@@ -172,7 +138,7 @@ class Tracker {
     if (o_.every > 0) {
       if (step_ % o_.every != 0) return false;
     } else {
-      const double trained = seconds(start_) - spent_;
+      const double trained = seconds_elapsed() - spent_;
       if (records_ > 0 && spent_ + last_cost_ > o_.budget * trained) return false;
     }
     record();
@@ -180,25 +146,55 @@ class Tracker {
   }
   /// A record now, whatever the budget says.
   void record() {
-    const auto begin = Clock::now();
-    const double trained = seconds(start_) - spent_;
+    const double begin = now(), trained = begin - start_ - spent_;
     std::string block;
     for (Module& m : modules_) append_line(block, m, trained);
     file_.append(block);
     ++records_;
-    last_cost_ = seconds(begin);
+    last_cost_ = now() - begin;
     spent_ += last_cost_;
   }
 
+  /// Steps counted, those before this run (`first_step`) included.
   [[nodiscard]] Index steps() const noexcept { return step_; }
   [[nodiscard]] Index records() const noexcept { return records_; }
   /// Seconds spent recording so far, and since the tracker was made.
   [[nodiscard]] double seconds_spent() const noexcept { return spent_; }
-  [[nodiscard]] double seconds_elapsed() const { return seconds(start_); }
+  [[nodiscard]] double seconds_elapsed() const { return now() - start_; }
 
  private:
-  using Clock = std::chrono::steady_clock;
-  static double seconds(Clock::time_point since) { return std::chrono::duration<double>(Clock::now() - since).count(); }
+  [[nodiscard]] double now() const {
+    if (o_.clock != nullptr) return o_.clock();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  }
+  static TrackerOptions checked(const TrackerOptions& o) {
+    if (o.every < 0 || o.rank < 1 || !(o.budget > 0 && o.budget <= 1) || o.first_step < 0)
+      throw ArgumentError(
+          detail::text("Tracker: every and first_step must not be negative, rank at least 1 and budget in (0, 1], got ",
+                       o.every, ", ", o.first_step, ", ", o.rank, " and ", o.budget));
+    for (const std::string& name : o.metrics) {
+      bool known = false;
+      const SpectrumMetrics all;
+      for_each_metric(all, [&](const char* metric, auto) { known = known || name == metric; });
+      if (!known) throw ArgumentError("Tracker: metrics must be names of SpectrumMetrics, got '" + name + "'");
+    }
+    return o;
+  }
+  [[nodiscard]] bool chosen(std::string_view metric) const {
+    return o_.metrics.empty() || std::find(o_.metrics.begin(), o_.metrics.end(), metric) != o_.metrics.end();
+  }
+  [[nodiscard]] std::string head() const {
+    std::string line = "step,seconds,module";
+    const SpectrumMetrics all;
+    for_each_metric(all, [&](const char* name, auto) {
+      if (chosen(name)) line += std::string(",") + name;
+    });
+    return line + ",captured";
+  }
+  [[nodiscard]] detail::FirstLine first_line() const {
+    if (json_) return {"{\"step\":", false};
+    return {head(), true};
+  }
   struct Module {
     std::string name;
     MatrixView<const T> A, B;  // dense: A is W and B is empty
@@ -210,14 +206,11 @@ class Tracker {
   };
 
   void append_line(std::string& out, Module& m, double trained) {
-    SpectrumMetrics lower, upper;
+    SpectrumBounds known;
     double captured = 1;
     bool good = true;
     try {
-      if (m.dense())
-        dense_metrics(m, lower, upper, captured);
-      else
-        factor_metrics(m, lower, upper);
+      known = m.dense() ? dense_bounds(m, captured) : factor_bounds(m);
     } catch (const NonFiniteError&) {
       good = false;
     }
@@ -229,52 +222,49 @@ class Tracker {
     out += json_ ? ",\"module\":" : ",";
     detail::append_quoted(out, m.name, json_);
     std::vector<double> low;
-    for_each_metric(std::as_const(lower), [&](const char*, auto x) { low.push_back(double(x)); });
+    for_each_metric(std::as_const(known.lower), [&](const char*, auto x) { low.push_back(double(x)); });
     std::size_t i = 0;
-    for_each_metric(std::as_const(upper), [&](const char* name, auto x) {
+    for_each_metric(std::as_const(known.upper), [&](const char* name, auto x) {
+      const double lower = low[i++], upper = double(x);
+      if (!chosen(name)) return;
       out += json_ ? std::string(",\"") + name + "\":" : std::string(",");
-      const double high = double(x), spread = high - low[i];
-      const bool known = good && (spread <= 0 || spread <= 1e-3 * high);
-      detail::append_number(out, known ? (low[i] + high) / 2 : NAN, nothing);
-      ++i;
+      constexpr double share = std::is_integral_v<decltype(x)> ? 0 : 1e-3;
+      if (good && std::isfinite(upper) && upper - lower <= share * upper)
+        detail::append_certain(out, lower, upper);
+      else
+        out += nothing;
     });
     out += json_ ? ",\"captured\":" : ",";
     detail::append_number(out, good ? captured : NAN, nothing);
     out += json_ ? "}\n" : "\n";
   }
-  static void factor_metrics(const Module& m, SpectrumMetrics& lower, SpectrumMetrics& upper) {
+  static SpectrumBounds factor_bounds(const Module& m) {
     std::vector<LoraFactors<T>> terms;
     terms.push_back({Matrix<T>(m.A), Matrix<T>(m.B), m.scale});
     if (!m.start.A.empty()) terms.push_back(m.start);
-    const auto values = singular_values(std::span<const LoraFactors<T>>(terms)).values;
-    lower = upper = spectrum_metrics(values, m.B.rows(), m.A.cols());
+    const SingularValues sigma = singular_values(std::span<const LoraFactors<T>>(terms));
+    if (sigma.values.empty() || sigma.values[0] <= sigma.error(0)) return {};  // zero, for all that can be known
+    return spectrum_bounds(sigma, m.B.rows(), m.A.cols());
   }
-  void dense_metrics(Module& m, SpectrumMetrics& lower, SpectrumMetrics& upper, double& captured) const {
+  SpectrumBounds dense_bounds(Module& m, double& captured) const {
     const auto delta = difference_operator<T, T, T>(m.A, m.base.view());
     const double energy = delta.frobenius_norm_squared();
-    const Index rows = m.A.rows(), cols = m.A.cols(), rank = std::min({o_.rank, rows, cols});
+    const Index rank = std::min({o_.rank, m.A.rows(), m.A.cols()});
     if (!std::isfinite(energy)) throw NonFiniteError("Tracker: a weight is not finite");
-    if (energy == 0) return;
-    const auto t = truncated_svd<T>(delta, rank, {.energy_tolerance = 1e-4}, m.vectors.view());
+    if (energy == 0) return {};
+    const auto t = truncated_svd<T>(delta, rank, {.energy_tolerance = 0, .residual_tolerance = 2e-4, .max_passes = 30},
+                                    m.vectors.view());
     m.vectors = t.V;
     captured = t.captured_energy / energy;
-    double error = 0;
-    for (const double r : t.residuals) error = std::max(error, r);
-    // An energy tolerance leaves residuals that are no error of the values: those err by about residual²/σ.
-    error = std::min(error, error * error / std::max(double(t.S[0]) * 1e-3, double(t.S.back())));
-    error += 16 * double(std::numeric_limits<T>::epsilon()) * double(t.S[0]);
-    const auto b =
-        spectrum_bounds(t.S, rows, cols, {.error = error, .frobenius = std::sqrt(energy), .frobenius_error = 1e-6});
-    lower = b.lower;
-    upper = b.upper;
+    return spectrum_bounds(t);
   }
 
-  detail::LineFile file_;
-  bool json_;
   TrackerOptions o_;
-  Clock::time_point start_;
+  bool json_;
+  detail::LineFile file_;
+  double start_;
   std::vector<Module> modules_;
-  Index step_ = 0, records_ = 0;
+  Index step_, records_ = 0;
   double spent_ = 0, last_cost_ = 0;
 };
 

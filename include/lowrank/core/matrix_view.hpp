@@ -145,7 +145,8 @@ bool overlap(const MatrixView<T>& a, const MatrixView<U>& b) {
   if (sizeof(T) != sizeof(U) || a.row_stride() != b.row_stride() || a.col_stride() != b.col_stride() ||
       bytes % size != 0)
     return true;
-  // b starts `outer` lines and `inner` elements after a; lines that wrap past a's leading dimension start one line later.
+  // b starts `outer` lines and `inner` elements after a; lines that wrap past a's leading dimension start one line
+  // later.
   const Index ld = a.leading_dimension(), distance = bytes / size;
   const Index outer = distance >= 0 ? distance / ld : -((ld - 1 - distance) / ld), inner = distance - outer * ld;
   const bool rows = a.is_row_major();
@@ -154,6 +155,15 @@ bool overlap(const MatrixView<T>& a, const MatrixView<U>& b) {
   const auto meet = [](Index at, Index n, Index m) { return at < n && at + m > 0; };
   return (meet(outer, a_outer, b_outer) && meet(inner, a_inner, b_inner)) ||
          (meet(outer + 1, a_outer, b_outer) && meet(inner - ld, a_inner, b_inner));
+}
+
+/// Throws ArgumentError when an output shares memory with something the same call reads.
+/// `where` names the public function, `written` and `read` the arguments: "LoraLinear::forward", "Y", "X".
+template <class T, class U>
+void expect_apart(const char* where, const char* written, const MatrixView<T>& out, const char* read,
+                  const MatrixView<U>& in) {
+  if (overlap(out, in)) [[unlikely]]
+    throw ArgumentError(text(where, ": ", written, " must not overlap ", read));
 }
 
 /// Calls f(pointer, length) for every contiguous run of a view, in memory order: rows of a row-major view, columns of

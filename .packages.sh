@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-# Which Debian packages the scripts of this tree stand on, and the one function that installs what is missing of them.
+# Which Debian packages the scripts of this tree stand on, and need_packages, which installs what is missing of them.
 # Sourced by tests/test.sh, examples/demo.sh and .ci/run.
 
 # To build anything: a compiler, CMake, Ninja, and the one library the headers need.
 packages_build=(g++ cmake ninja-build libeigen3-dev)
+# The main job of examples/demo.sh; its prose comes from the package fortunes unless the user brings text.
+packages_demo=("${packages_build[@]}" nlohmann-json3-dev libcli11-dev)
 # The optional parts (io, xtensor, the lowrank program) and the tests.
 packages_test=("${packages_build[@]}" nlohmann-json3-dev libxtensor-dev libcli11-dev doctest-dev)
 # Everything CI does: a second compiler with OpenMP, sanitizers and fuzzer, benchmarks and their peers, the reference.
@@ -12,38 +14,64 @@ packages_ci=("${packages_test[@]}" clang libomp-dev libclang-rt-dev libbenchmark
 # The peers written in JavaScript come through npm, whoever installed it.
 command -v npm > /dev/null || packages_ci+=(nodejs npm)
 
-# need_packages PACKAGE...: returns at once when all are installed; else installs the missing ones by apt-get, or, where
-# that is not possible, says what to install. On a system without dpkg nothing can be checked: it says what is wanted,
-# goes on when there is a compiler and CMake, and leaves the rest to CMake's own messages.
+# has_header FILE: whether a header lies where compilers or CMake look.
+has_header() {
+  local header=$1 folder more=() folders=(/usr/include /usr/local/include)
+  if [[ -n ${CPLUS_INCLUDE_PATH:-} ]]; then IFS=: read -r -a more <<< "$CPLUS_INCLUDE_PATH" && folders+=("${more[@]}"); fi
+  if [[ -n ${CMAKE_PREFIX_PATH:-} ]]; then IFS=: read -r -a more <<< "$CMAKE_PREFIX_PATH" && folders+=("${more[@]/%//include}"); fi
+  for folder in "${folders[@]}"; do
+    if [[ -e $folder/$header ]]; then return 0; fi
+  done
+  return 1
+}
+
+# has_package PACKAGE: whether it is installed, or what we want of it is there by other means.
+has_package() {
+  case $1 in
+    g++) command -v "${CXX:-c++}" ;;
+    cmake | clang | doxygen | nodejs | npm) command -v "${1/nodejs/node}" ;;
+    ninja-build) command -v ninja ;;
+    libeigen3-dev) has_header eigen3/Eigen/Core || has_header Eigen/Core ;;
+    nlohmann-json3-dev) has_header nlohmann/json.hpp ;;
+    libxtensor-dev) has_header xtensor/xtensor.hpp || has_header xtensor/containers/xtensor.hpp ;;
+    libcli11-dev) has_header CLI/CLI.hpp ;;
+    doctest-dev) has_header doctest/doctest.h ;;
+    *) false ;;
+  esac > /dev/null || [[ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2> /dev/null)" == installed* ]]
+}
+
+# need_packages PACKAGE...: returns at once when all are there; else installs the missing ones by apt-get, or, where that
+# is not possible, says what to install. Without apt-get it goes on when there is a compiler, CMake and Ninja: headers may
+# lie where only CMake finds them, and its own messages tell when they do not.
 need_packages() {
-  if ! command -v dpkg-query >/dev/null; then
-    local tool
-    for tool in cmake ninja c++; do
-      if ! command -v "$tool" >/dev/null; then
-        echo "$tool not found. Please install what these Debian packages hold, by your system's means: $*" >&2
-        return 1
-      fi
-    done
-    echo "Not a Debian system: taking it that the equivalents of these are installed: $*"
-    return 0
-  fi
-  local package missing=()
+  local package missing=() tools=()
   for package in "$@"; do
-    [[ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" == installed* ]] || missing+=("$package")
+    has_package "$package" || missing+=("$package")
   done
   ((${#missing[@]} == 0)) && return 0
+  if ! command -v apt-get > /dev/null; then
+    for package in "${missing[@]}"; do
+      case $package in g++ | cmake | ninja-build) tools+=("$package") ;; esac
+    done
+    if ((${#tools[@]} > 0)); then
+      echo "This machine has no apt-get. Please install what these Debian packages hold: ${missing[*]}" >&2
+      return 1
+    fi
+    echo "No apt-get here: taking it that CMake finds what these Debian packages hold: ${missing[*]}" >&2
+    return 0
+  fi
   local sudo=()
-  if ((EUID != 0)); then
-    if ! command -v sudo >/dev/null; then
-      echo "Missing packages: ${missing[*]}. Please have them installed: apt-get install ${missing[*]}" >&2
+  if (($(id -u) != 0)); then
+    if ! command -v sudo > /dev/null; then
+      echo "Missing packages: ${missing[*]}. Please have them installed, as root: apt-get install ${missing[*]}" >&2
       return 1
     fi
     sudo=(sudo)
   fi
-  echo "Installing ${missing[*]}"
+  echo "Installing ${missing[*]}" >&2
   "${sudo[@]}" apt-get update -qq &&
-    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null || {
-    echo "apt-get failed. By hand: apt-get install ${missing[*]}" >&2
+    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" > /dev/null || {
+    echo "apt-get failed. By hand, as root: apt-get install ${missing[*]}" >&2
     return 1
   }
 }

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "lowrank/adapter/linear.hpp"
+#include "lowrank/adapter/lora.hpp"
 #include "lowrank/core/rng.hpp"
 
 namespace {

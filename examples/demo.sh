@@ -24,45 +24,17 @@ has_option() {  # whether an option is among the arguments, as --name or --name=
   done
   return 1
 }
-has_header() {
-  local header=$1 folder
-  local -a folders=(/usr/include /usr/local/include)
-  if [[ -n ${CPLUS_INCLUDE_PATH:-} ]]; then IFS=: read -r -a more <<< "$CPLUS_INCLUDE_PATH" && folders+=("${more[@]}"); fi
-  if [[ -n ${CMAKE_PREFIX_PATH:-} ]]; then IFS=: read -r -a more <<< "$CMAKE_PREFIX_PATH" && folders+=("${more[@]/%//include}"); fi
-  for folder in "${folders[@]}"; do
-    if [[ -e $folder/$header ]]; then return 0; fi
-  done
-  return 1
-}
 
 # ---- what is missing -------------------------------------------------------------------------------------------------
-missing=()
-command -v "${CXX:-c++}" > /dev/null || missing+=(g++)
-command -v cmake > /dev/null || missing+=(cmake)
-command -v ninja > /dev/null || missing+=(ninja-build)
-has_header eigen3/Eigen/Core || has_header Eigen/Core || missing+=(libeigen3-dev)
-has_header CLI/CLI.hpp || missing+=(libcli11-dev)
-has_header nlohmann/json.hpp || missing+=(nlohmann-json3-dev)
+source .packages.sh
 prose=/usr/share/games/fortunes
-if ! has_option --source "$@" && ! has_option --base "$@" && [[ ! -f $prose/fortunes ]]; then missing+=(fortunes); fi
-
-if ((${#missing[@]} > 0)); then
-  if ! command -v apt-get > /dev/null; then
-    echo "demo.sh: this machine has no apt-get. Please install what these Debian packages hold: ${missing[*]}" >&2
-    echo "         (or name your own text with --source and --target), then run it again." >&2
-    exit 1
-  fi
-  as_root=()
-  if ((EUID != 0)); then
-    if ! command -v sudo > /dev/null; then
-      echo "demo.sh: needs root or sudo to install ${missing[*]}; as root: apt-get install ${missing[*]}" >&2
-      exit 1
-    fi
-    as_root=(sudo)
-  fi
-  echo "Installing ${missing[*]}" >&2
-  "${as_root[@]}" apt-get update -qq
-  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" > /dev/null
+needs_prose=0
+if ! has_option --source "$@" && ! has_option --base "$@"; then needs_prose=1; fi
+if ((needs_prose)) && [[ ! -f $prose/fortunes ]]; then packages_demo+=(fortunes); fi
+need_packages "${packages_demo[@]}" || exit 1
+if ((needs_prose)) && [[ ! -f $prose/fortunes ]]; then
+  echo "demo.sh: found no prose in $prose: install what Debian's package fortunes holds, or name your own text with --source PATH..." >&2
+  exit 1
 fi
 
 # ---- build -----------------------------------------------------------------------------------------------------------
@@ -77,7 +49,7 @@ fi
 
 # ---- run -------------------------------------------------------------------------------------------------------------
 arguments=()
-if ! has_option --source "$@" && ! has_option --base "$@"; then
+if ((needs_prose)); then
   # The files themselves: not their indices and second names, nor what fortunes-off may have put in a folder below.
   arguments+=(--source)
   for file in "$prose"/*; do

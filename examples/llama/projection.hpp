@@ -21,6 +21,7 @@
 #include "config.hpp"
 #include "lowrank/adapter/embedding.hpp"
 #include "lowrank/adapter/linear.hpp"
+#include "lowrank/adapter/lora.hpp"
 #include "lowrank/adapter/merge.hpp"
 #include "lowrank/eigen.hpp"
 #include "lowrank/quant/quantized_matrix.hpp"

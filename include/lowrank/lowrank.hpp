@@ -114,6 +114,7 @@
 #include "lowrank/adapter/embedding.hpp"
 #include "lowrank/adapter/extract.hpp"
 #include "lowrank/adapter/factor_parameters.hpp"
+#include "lowrank/adapter/layer.hpp"
 #include "lowrank/adapter/linear.hpp"
 #include "lowrank/adapter/lora.hpp"
 #include "lowrank/adapter/lora_functions.hpp"

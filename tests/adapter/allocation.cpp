@@ -7,6 +7,7 @@
 
 #include "lowrank/adapter/embedding.hpp"
 #include "lowrank/adapter/linear.hpp"
+#include "lowrank/adapter/lora.hpp"
 #include "lowrank/optim/adamw.hpp"
 #include "lowrank/optim/clip.hpp"
 #include "support/compare.hpp"

@@ -50,3 +50,27 @@ TEST_CASE("delta_weight is the dense product and wrong shapes are refused") {
   LoraFactors<double> bad{Matrix<double>(2, 4), Matrix<double>(3, 1), 1};
   CHECK_THROWS_AS((void)delta_weight(bad), ShapeError);
 }
+
+TEST_CASE_TEMPLATE("a merge that leaves the storage's range is refused and W keeps its bits", S, f16, bf16, float) {
+  // One element of 0.9·max + 0.2·max beyond the largest number of the storage, the others harmless.
+  const float most = std::is_same_v<S, f16> ? 65504.F : std::is_same_v<S, bf16> ? 0x1.FEp127F : 0x1.FFFFFEp127F;
+  for (const float sign : {1.F, -1.F}) {
+    Matrix<S> W(3, 4);
+    W(1, 2) = S(sign * 0.9F * most);
+    const Matrix<S> before(W.view());
+    LoraFactors<float> f{Matrix<float>(1, 4), Matrix<float>(3, 1), 0.5F};
+    f.A(0, 2) = sign * 0.4F * most;
+    f.B(1, 0) = 1;
+    CHECK_THROWS_AS((void)merge_into(W, f), ArgumentError);
+    CHECK(test::same_bits(W, before));
+    f.A(0, 2) = sign * 0.1F * most;  // 0.95·max fits
+    auto merged = merge_into(W, f);
+    CHECK(float(W(1, 2)) == doctest::Approx(sign * 0.95F * most).epsilon(0x1p-8));
+    merged.restore();
+    CHECK(test::same_bits(W, before));
+  }
+  Matrix<S> W(3, 4);
+  W(0, 1) = S(std::numeric_limits<float>::quiet_NaN());
+  const LoraFactors<float> f{random_matrix<float>(1, 4, 2), random_matrix<float>(3, 1, 3), 1.F};
+  CHECK_THROWS_AS((void)merge_into(W, f), NonFiniteError);
+}

@@ -83,6 +83,9 @@ TEST_CASE("schedules follow their formulas") {
 
 TEST_CASE("bad input") {
   CHECK_THROWS_AS(Schedule({.peak = -1}), ArgumentError);
+  CHECK_THROWS_WITH_AS((void)Schedule({.peak = 1, .warmup_steps = 2, .total_steps = 10})(-5),
+                       "Schedule: the step must not be negative, got -5", ArgumentError);
+  CHECK_THROWS_AS((void)Schedule({.peak = 1})(-1), ArgumentError);
   CHECK_THROWS_AS(Schedule({.peak = NAN}), ArgumentError);
   CHECK_THROWS_AS(Schedule({.peak = 1, .floor = 2}), ArgumentError);
   CHECK_THROWS_AS(Schedule({.peak = 1, .warmup_steps = 5, .total_steps = 4}), ArgumentError);
@@ -91,6 +94,13 @@ TEST_CASE("bad input") {
   CHECK_THROWS_AS(AdamW<float>(4, {.weight_decay = -1}), ArgumentError);
   CHECK_THROWS_AS(AdamW<float>(4, {}, {{0, 3}, {2, 1}}), ArgumentError);
   CHECK_THROWS_AS(AdamW<float>(4, {}, {{3, 2}}), ArgumentError);
+  CHECK_THROWS_AS(AdamW<float>(4, {}, {{1, std::numeric_limits<Index>::max()}}), ArgumentError);
+  CHECK_THROWS_WITH_AS(AdamW<float>(-1), "AdamW: the number of parameters must not be negative, got -1", ArgumentError);
+  CHECK_THROWS_AS(AdamW<float>(4, {.epsilon = INFINITY}), ArgumentError);
+  CHECK_THROWS_AS(AdamW<float>(4, {.weight_decay = INFINITY}), ArgumentError);
+  CHECK_THROWS_AS(AdamW<float>(4, {}, {{0, 4, INFINITY, 0}}), ArgumentError);
+  CHECK_THROWS_AS(AdamW<float>(4, {}, {{0, 4, 1, INFINITY}}), ArgumentError);
+  CHECK_NOTHROW(AdamW<float>(0));
   AdamW<float> adam(4);
   std::vector<float> four(4), three(3);
   CHECK_THROWS_AS(adam.step(std::span(three), std::span<const float>(four), 0.1), ShapeError);
@@ -99,5 +109,8 @@ TEST_CASE("bad input") {
   four[2] = INFINITY;
   CHECK_THROWS_WITH_AS(clip_gradients(std::span(four), 1.0), "clip_gradients: gradient 2 of 4 is inf", NonFiniteError);
   CHECK_THROWS_AS(clip_gradients(std::span(three), 0.0), ArgumentError);
-  CHECK_THROWS_AS((void)lora_plus_groups({}, -1), ArgumentError);
+  for (const double ratio : {-1.0, 0.0, double(INFINITY), double(NAN)})
+    CHECK_THROWS_AS((void)lora_plus_groups({}, ratio), ArgumentError);
+  for (const double decay : {-1.0, double(INFINITY), double(NAN)})
+    CHECK_THROWS_AS((void)lora_plus_groups({}, 16, decay), ArgumentError);
 }

@@ -6,7 +6,10 @@
 //   dm_j = Σ_t G_tj·Z_tj / n_j,  and A, B, X get LoRA's gradients of G·diag(m/n); n is held constant, as in the paper.
 #pragma once
 
+#include <limits>
+
 #include "lowrank/adapter/embedding.hpp"
+#include "lowrank/adapter/lora.hpp"
 
 namespace lowrank {
 
@@ -78,15 +81,16 @@ class DoraLinear : public FactorParameters<T> {
 
   /// Y from X. In training the row norms follow A and B; in Phase::eval they are the last ones computed, so that
   /// decoding pays nothing for them (call it once in training phase, or update_norms, after changing A or B by hand).
+  /// **Throws** ShapeError on sizes that disagree, ArgumentError when Y overlaps X or a dense W; nothing is written
+  /// then.
   template <MatrixOf<const T> X, MatrixOf<T> Y>
   void forward(X&& x, Y&& y, DoraWorkspace<T>& ws, Phase phase = Phase::train) {
     const MatrixView<const T> xv = view_of(x);
     const MatrixView<T> yv = view_of(y);
-    detail::expect_shape("DoraLinear::forward", "X", xv.rows(), xv.cols(), xv.rows(), in_features());
-    detail::expect_shape("DoraLinear::forward", "Y", yv.rows(), yv.cols(), xv.rows(), out_features());
-    if (detail::overlap(xv, yv)) throw ArgumentError("DoraLinear::forward: Y must not overlap X");
+    detail::expect_operands<T>("DoraLinear::forward", "X", xv, in_features(), "Y", yv, out_features());
+    detail::expect_apart_from_base("DoraLinear::forward", "Y", yv, base_);
     const bool drops = phase == Phase::train && options_.dropout > 0;
-    if (drops) ++ws.lora.call;
+    if (drops) detail::begin_dropping(ws.lora, workspaces_);
     if (phase == Phase::train) update_norms(ws.projected);
     ws.Z.resize(xv.rows(), out_features());
     lora_forward<T>(base_, A(), B(), scale_, xv, ws.Z.view(), ws.lora, mask(drops, ws));
@@ -94,11 +98,14 @@ class DoraLinear : public FactorParameters<T> {
       for (Index j = 0; j < yv.cols(); ++j)
         yv(t, j) = ws.Z(t, j) * ratio(j) + (bias_.empty() ? T(0) : bias_[std::size_t(j)]);
   }
-  /// Gradients of A, B and m for the forward pass kept in `ws`, and dX.
+  /// Gradients of A, B and m for the forward pass kept in `ws`, and dX, which may be X's own memory. **Throws**
+  /// ShapeError on sizes that disagree, ArgumentError without a matching forward or when dX overlaps G or a dense W;
+  /// nothing is written then.
   template <MatrixOf<const T> X, MatrixOf<const T> G, MatrixOf<T> DX>
   void backward(X&& x, G&& g, DoraWorkspace<T>& ws, DX&& dx, BackwardOptions options = {}) {
     backward_impl(view_of(x), view_of(g), ws, MatrixView<T>(view_of(dx)), options);
   }
+  /// The same without dX, for the first layer of a model.
   template <MatrixOf<const T> X, MatrixOf<const T> G>
   void backward(X&& x, G&& g, DoraWorkspace<T>& ws, BackwardOptions options = {}) {
     backward_impl(view_of(x), view_of(g), ws, std::nullopt, options);
@@ -135,15 +142,16 @@ class DoraLinear : public FactorParameters<T> {
   [[nodiscard]] T ratio(Index j) const { return T(double(magnitude()(0, j)) / norms_[std::size_t(j)]); }
   [[nodiscard]] std::optional<detail::DropoutMask> mask(bool drops, const DoraWorkspace<T>& ws) const {
     if (!drops) return std::nullopt;
-    return detail::DropoutMask(options_.dropout, options_.seed, ws.lora.call);
+    return detail::dropout_mask(options_, parameters_, ws.lora);
   }
   void backward_impl(MatrixView<const T> X, MatrixView<const T> G, DoraWorkspace<T>& ws,
                      std::optional<MatrixView<T>> dX, BackwardOptions options) {
-    detail::expect_shape("DoraLinear::backward", "X", X.rows(), X.cols(), X.rows(), in_features());
-    detail::expect_shape("DoraLinear::backward", "G", G.rows(), G.cols(), X.rows(), out_features());
-    if (ws.Z.rows() != G.rows())
-      throw ArgumentError(detail::text("DoraLinear::backward: the workspace must hold the forward pass of these ",
-                                       G.rows(), " tokens, it holds ", ws.Z.rows()));
+    const std::optional<detail::DropoutMask> dropped = mask(ws.lora.masked, ws);
+    detail::expect_lora_backward<T>("DoraLinear::backward", base_, rank(), X, G, ws.lora, dX, dropped.has_value());
+    if (ws.Z.rows() != G.rows() || ws.Z.cols() != G.cols())
+      throw ArgumentError(detail::text("DoraLinear::backward: the workspace must hold an output of ",
+                                       detail::shape_text(G.rows(), G.cols()), ", it holds ",
+                                       detail::shape_text(ws.Z.rows(), ws.Z.cols())));
     ws.scaled.resize(G.rows(), G.cols());
     const MatrixView<T> dm = parameters_.gradient(2);
     for (Index j = 0; j < G.cols(); ++j) {
@@ -155,7 +163,7 @@ class DoraLinear : public FactorParameters<T> {
     for (Index t = 0; t < G.rows(); ++t)
       for (Index j = 0; j < G.cols(); ++j) ws.scaled(t, j) = G(t, j) * ratio(j);
     lora_backward<T>(base_, A(), B(), scale_, X, ws.scaled.view(), ws.lora, parameters_.gradient(0),
-                     parameters_.gradient(1), dX, options, mask(ws.lora.masked, ws));
+                     parameters_.gradient(1), dX, options, dropped);
   }
 
   Base base_;
@@ -163,6 +171,7 @@ class DoraLinear : public FactorParameters<T> {
   std::vector<T> bias_;
   std::vector<double> base_squares_, norms_;
   Matrix<double> gram_;
+  detail::Numbering workspaces_;
 };
 
 }  // namespace lowrank

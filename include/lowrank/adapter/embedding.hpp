@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
-#include "lowrank/adapter/lora.hpp"
+#include "lowrank/adapter/factor_parameters.hpp"
+#include "lowrank/adapter/layer.hpp"
 
 namespace lowrank {
 
@@ -49,13 +51,15 @@ class LoraEmbedding : public FactorParameters<T> {
   [[nodiscard]] Index dimension() const noexcept { return base_.cols(); }
   [[nodiscard]] const Base& base() const noexcept { return base_; }
 
-  /// Rows for the ids. **Throws** ArgumentError for an id outside the vocabulary, ShapeError unless Y is tokens×dim.
+  /// Rows for the ids. **Throws** ArgumentError for an id outside the vocabulary or when Y overlaps a dense table,
+  /// ShapeError unless Y is tokens×dim; nothing is written then.
   template <MatrixOf<T> Y>
   void forward(std::span<const std::int32_t> ids, Y&& y, LoraWorkspace<T>& ws) const {
     const MatrixView<T> Y_ = view_of(y);
     const Index tokens = Index(ids.size());
     detail::expect_shape("LoraEmbedding::forward", "Y", Y_.rows(), Y_.cols(), tokens, dimension());
     detail::check_ids("LoraEmbedding::forward", ids, vocabulary());
+    detail::expect_apart_from_base("LoraEmbedding::forward", "Y", Y_, base_);
     ws.tokens = tokens;
     ws.T_.resize(tokens, rank());
     ws.U.resize(1, dimension());
@@ -68,16 +72,18 @@ class LoraEmbedding : public FactorParameters<T> {
     detail::product<T, T, T>(T(1), MatrixView<const T>(ws.T_.view()), B(), true, Y_);
   }
 
-  /// dB = Gᵀ·T and dA[:, id_t] += s·Bᵀ·g_t, for the forward pass kept in `ws`.
+  /// dB = Gᵀ·T and dA[:, id_t] += s·Bᵀ·g_t, for the forward pass kept in `ws`. **Throws** ShapeError unless G is
+  /// tokens×dim, ArgumentError for an id outside the vocabulary or without a matching forward; nothing is written then.
   template <MatrixOf<const T> G>
   void backward(std::span<const std::int32_t> ids, G&& g, LoraWorkspace<T>& ws, Update gradients = Update::accumulate) {
     const MatrixView<const T> G_ = view_of(g);
     const Index tokens = Index(ids.size());
     detail::expect_shape("LoraEmbedding::backward", "G", G_.rows(), G_.cols(), tokens, dimension());
     detail::check_ids("LoraEmbedding::backward", ids, vocabulary());
-    if (ws.tokens != tokens)
+    if (ws.tokens != tokens || ws.T_.cols() != rank())
       throw ArgumentError(detail::text("LoraEmbedding::backward: the workspace must hold the forward pass of these ",
-                                       tokens, " tokens, it holds ", ws.tokens));
+                                       tokens, " tokens, it holds ",
+                                       ws.tokens < 0 ? "none" : detail::to_text(ws.tokens)));
     const MatrixView<T> dA = parameters_.gradient(0), dB = parameters_.gradient(1);
     const MatrixView<const T> kept = ws.T_.view();
     ws.U.resize(tokens, rank());
@@ -115,14 +121,19 @@ class FullEmbedding {
   [[nodiscard]] Parameters<T>& parameters() noexcept { return parameters_; }
   [[nodiscard]] const Parameters<T>& parameters() const noexcept { return parameters_; }
 
+  /// Rows for the ids; the workspace is not used. **Throws** ArgumentError for an id outside the vocabulary or when Y
+  /// overlaps the table, ShapeError unless Y is tokens×dim; nothing is written then.
   template <MatrixOf<T> Y>
   void forward(std::span<const std::int32_t> ids, Y&& y, LoraWorkspace<T>& /*ws*/) const {
     const MatrixView<T> Y_ = view_of(y);
     detail::expect_shape("FullEmbedding::forward", "Y", Y_.rows(), Y_.cols(), Index(ids.size()), dimension());
     detail::check_ids("FullEmbedding::forward", ids, vocabulary());
+    detail::expect_apart("FullEmbedding::forward", "Y", Y_, "the table", weight());
     for (Index t = 0; t < Y_.rows(); ++t)
       for (Index j = 0; j < dimension(); ++j) Y_(t, j) = weight()(ids[std::size_t(t)], j);
   }
+  /// dE[id_t, :] += g_t (the gradient is cleared first when assigned). **Throws** ShapeError unless G is tokens×dim,
+  /// ArgumentError for an id outside the vocabulary; nothing is written then.
   template <MatrixOf<const T> G>
   void backward(std::span<const std::int32_t> ids, G&& g, LoraWorkspace<T>& /*ws*/,
                 Update gradients = Update::accumulate) {

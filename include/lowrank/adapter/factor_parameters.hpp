@@ -28,10 +28,12 @@ class FactorParameters {
 
   /// A copy of the adapter as plain data.
   [[nodiscard]] LoraFactors<T> factors() const { return {Matrix<T>(A()), Matrix<T>(B()), scale_}; }
-  /// Puts other values (and another scale) of the same shapes in. **Throws** ShapeError otherwise.
+  /// Puts other values (and another scale) of the same shapes in. **Throws** ShapeError otherwise, ArgumentError for a
+  /// scale that is not finite; nothing is written then.
   void set_factors(const LoraFactors<T>& f) {
     detail::expect_shape("set_factors", "A", f.A.rows(), f.A.cols(), A().rows(), A().cols());
     detail::expect_shape("set_factors", "B", f.B.rows(), f.B.cols(), B().rows(), B().cols());
+    detail::check_factors("set_factors", f);
     std::copy(f.A.data(), f.A.data() + f.A.size(), A().data());
     std::copy(f.B.data(), f.B.data() + f.B.size(), B().data());
     scale_ = f.scale;

@@ -2,7 +2,8 @@
 // The two ends a LoRA layer is compared with: the weight left alone, and the weight trained in full. Same interface.
 #pragma once
 
-#include "lowrank/adapter/lora.hpp"
+#include "lowrank/adapter/layer.hpp"
+#include "lowrank/adapter/parameters.hpp"
 
 namespace lowrank {
 
@@ -24,18 +25,33 @@ class FrozenLinear {
   [[nodiscard]] Parameters<T>& parameters() noexcept { return parameters_; }
   [[nodiscard]] const Parameters<T>& parameters() const noexcept { return parameters_; }
 
+  /// Y = X·Wᵀ (+ b), whatever the phase; the workspace is not used. **Throws** ShapeError on sizes that disagree,
+  /// ArgumentError when Y overlaps X or a dense W; nothing is written then.
   template <MatrixOf<const T> X, MatrixOf<T> Y>
   void forward(X&& x, Y&& y, LoraWorkspace<T>& /*ws*/, Phase /*phase*/ = Phase::train) const {
+    const MatrixView<const T> xv = view_of(x);
     const MatrixView<T> yv = view_of(y);
-    base_.forward(view_of(x), yv, Update::assign);
+    detail::expect_operands<T>("FrozenLinear::forward", "X", xv, in_features(), "Y", yv, out_features());
+    detail::expect_apart_from_base("FrozenLinear::forward", "Y", yv, base_);
+    base_.forward(xv, yv, Update::assign);
     if (!bias_.empty()) detail::add_bias<T>(bias_, yv);
   }
+  /// dX = G·W, or dX += G·W. X is looked at for its shape alone; dX may be its memory. **Throws** ShapeError on sizes
+  /// that disagree, ArgumentError when dX overlaps G or a dense W; nothing is written then.
   template <MatrixOf<const T> X, MatrixOf<const T> G, MatrixOf<T> DX>
-  void backward(X&& /*x*/, G&& g, LoraWorkspace<T>& /*ws*/, DX&& dx, BackwardOptions options = {}) {
-    base_.backward(view_of(g), view_of(dx), options.dx);
+  void backward(X&& x, G&& g, LoraWorkspace<T>& /*ws*/, DX&& dx, BackwardOptions options = {}) {
+    const MatrixView<const T> gv = view_of(g);
+    const MatrixView<T> dxv = view_of(dx);
+    detail::expect_backward<T>("FrozenLinear::backward", view_of(x), gv, dxv, in_features(), out_features());
+    detail::expect_apart_from_base("FrozenLinear::backward", "dX", dxv, base_);
+    base_.backward(gv, dxv, options.dx);
   }
+  /// Without dX nothing is left to do but to check the shapes. **Throws** ShapeError on sizes that disagree.
   template <MatrixOf<const T> X, MatrixOf<const T> G>
-  void backward(X&& /*x*/, G&& /*g*/, LoraWorkspace<T>& /*ws*/, BackwardOptions /*options*/ = {}) {}
+  void backward(X&& x, G&& g, LoraWorkspace<T>& /*ws*/, BackwardOptions /*options*/ = {}) {
+    detail::expect_backward<T>("FrozenLinear::backward", view_of(x), view_of(g), std::nullopt, in_features(),
+                               out_features());
+  }
 
  private:
   Base base_;
@@ -75,27 +91,28 @@ class FullLinear {
   [[nodiscard]] Parameters<T>& parameters() noexcept { return parameters_; }
   [[nodiscard]] const Parameters<T>& parameters() const noexcept { return parameters_; }
 
+  /// Y = X·Wᵀ (+ b), whatever the phase; the workspace is not used. **Throws** ShapeError on sizes that disagree,
+  /// ArgumentError when Y overlaps X or W; nothing is written then.
   template <MatrixOf<const T> X, MatrixOf<T> Y>
   void forward(X&& x, Y&& y, LoraWorkspace<T>& /*ws*/, Phase /*phase*/ = Phase::train) const {
+    const MatrixView<const T> xv = view_of(x);
     const MatrixView<T> yv = view_of(y);
-    DenseBase<T>(weight()).forward(view_of(x), yv, Update::assign);
+    detail::expect_operands<T>("FullLinear::forward", "X", xv, in_features(), "Y", yv, out_features());
+    detail::expect_apart("FullLinear::forward", "Y", yv, "W", weight());
+    detail::product<T, T, T>(T(1), xv, weight(), false, yv);
     if (has_bias()) detail::add_bias<T>(bias(), yv);
   }
-  /// dW (+)= Gᵀ·X, dX = G·W. dX must not overlap G; it may be X's own memory. **Throws** ShapeError on sizes that
-  /// disagree.
+  /// dW (+)= Gᵀ·X and db (+)= Σ_t g_t into parameters().gradients(), and dX = G·W, or dX += G·W.
+  /// dX may be X's own memory. **Throws** ShapeError on sizes that disagree, ArgumentError when dX overlaps G or W;
+  /// nothing is written then.
   template <MatrixOf<const T> X, MatrixOf<const T> G, MatrixOf<T> DX>
-  void backward(X&& x, G&& g, LoraWorkspace<T>& ws, DX&& dx, BackwardOptions options = {}) {
-    backward(x, g, ws, options);
-    DenseBase<T>(weight()).backward(view_of(g), view_of(dx), options.dx);
+  void backward(X&& x, G&& g, LoraWorkspace<T>& /*ws*/, DX&& dx, BackwardOptions options = {}) {
+    backward_impl(view_of(x), view_of(g), MatrixView<T>(view_of(dx)), options);
   }
+  /// The same without dX, for the first layer of a model.
   template <MatrixOf<const T> X, MatrixOf<const T> G>
   void backward(X&& x, G&& g, LoraWorkspace<T>& /*ws*/, BackwardOptions options = {}) {
-    const MatrixView<const T> X_ = view_of(x), G_ = view_of(g);
-    detail::expect_shape("FullLinear::backward", "X", X_.rows(), X_.cols(), G_.rows(), in_features());
-    detail::expect_shape("FullLinear::backward", "G", G_.rows(), G_.cols(), X_.rows(), out_features());
-    const bool add = options.gradients == Update::accumulate;
-    detail::product<T, T, T>(T(1), G_.transposed(), X_.transposed(), add, parameters_.gradient(0));
-    if (has_bias()) detail::bias_gradient<T>(G_, add, parameters_.gradient(1));
+    backward_impl(view_of(x), view_of(g), std::nullopt, options);
   }
 
  private:
@@ -105,6 +122,16 @@ class FullLinear {
     return t;
   }
   [[nodiscard]] bool has_bias() const noexcept { return parameters_.table().size() > 1; }
+  void backward_impl(MatrixView<const T> X, MatrixView<const T> G, std::optional<MatrixView<T>> dX,
+                     BackwardOptions options) {
+    detail::expect_backward<T>("FullLinear::backward", X, G, dX, in_features(), out_features());
+    const MatrixView<const T> W = weight();
+    if (dX) detail::expect_apart("FullLinear::backward", "dX", *dX, "W", W);
+    const bool add = options.gradients == Update::accumulate;
+    detail::product<T, T, T>(T(1), G.transposed(), X.transposed(), add, parameters_.gradient(0));
+    if (has_bias()) detail::bias_gradient<T>(G, add, parameters_.gradient(1));
+    if (dX) detail::product<T, T, T>(T(1), G, W.transposed(), options.dx == Update::accumulate, *dX);
+  }
 
   Parameters<T> parameters_;
 };

@@ -11,40 +11,25 @@ namespace lowrank {
 
 /// What a LoraLinear does besides the formula.
 struct LoraLinearOptions {
-  double dropout = 0;       ///< probability in [0, 1) with which an input of the low-rank path is dropped in training
-  std::uint64_t seed = 0;   ///< of the dropout masks
+  double dropout = 0;       ///< probability in [0, 1), resolved to 2⁻¹⁶, with which training drops an input of A
+  std::uint64_t seed = 0;   ///< of the dropout masks, which also depend on the layer's name in a FlatParameters
   bool train_bias = false;  ///< whether the bias is a parameter too (PEFT's bias="lora_only")
 };
 
 namespace detail {
 
-/// Adds a bias of `out` scalars to every row of Y.
+/// Begins a training forward that drops: the workspace gets its number, unless it has one, and counts the pass.
 template <class T>
-void add_bias(std::span<const T> bias, MatrixView<T> Y) {
-  for (Index i = 0; i < Y.rows(); ++i)
-    for (Index j = 0; j < Y.cols(); ++j) Y(i, j) += bias[std::size_t(j)];
+void begin_dropping(LoraWorkspace<T>& ws, Numbering& workspaces) noexcept {
+  if (ws.stream < 0) ws.stream = workspaces.next();
+  ++ws.call;
 }
 
-/// db = column sums of G, in double.
+/// The mask of the workspace's present pass.
 template <class T>
-void bias_gradient(MatrixView<const T> G, bool accumulate, MatrixView<T> db) {
-  for (Index j = 0; j < G.cols(); ++j) {
-    double sum = accumulate ? double(db(0, j)) : 0.0;
-    for (Index i = 0; i < G.rows(); ++i) sum += double(G(i, j));
-    db(0, j) = T(sum);
-  }
-}
-
-inline double checked_dropout(const char* where, double p) {
-  if (!(p >= 0 && p < 1)) throw ArgumentError(text(where, ": dropout must lie in [0, 1), got ", p));
-  return p;
-}
-
-template <class T>
-std::vector<T> checked_bias(const char* where, std::vector<T> bias, Index out) {
-  if (!bias.empty() && Index(bias.size()) != out)
-    throw ShapeError(text(where, ": bias must have ", out, " elements, got ", bias.size()));
-  return bias;
+DropoutMask dropout_mask(const LoraLinearOptions& options, const Parameters<T>& parameters,
+                         const LoraWorkspace<T>& ws) {
+  return DropoutMask(options.dropout, dropout_seed(options.seed, parameters.name(), ws.stream), ws.call);
 }
 
 }  // namespace detail
@@ -72,7 +57,7 @@ class LoraLinear : public FactorParameters<T> {
   using FactorParameters<T>::A, FactorParameters<T>::B, FactorParameters<T>::rank;
 
   /// **Throws** ShapeError when factors or bias do not fit the base; ArgumentError for rank 0 or above min(out, in), a
-  /// scale that is not finite, dropout outside [0, 1).
+  /// scale that is not finite, dropout outside [0, 1) or rounding to none or all.
   LoraLinear(Base base, const LoraFactors<T>& factors, const LoraLinearOptions& options = {}, std::vector<T> bias = {})
       : FactorParameters<T>("LoraLinear", factors, base.rows(), base.cols(), "lora_A", "lora_B",
                             bias_entry(options.train_bias, base.rows())),
@@ -96,22 +81,23 @@ class LoraLinear : public FactorParameters<T> {
   }
 
   /// Y from X; keeps what backward needs in `ws`. In Phase::train a positive dropout acts on the low-rank path's input.
-  /// **Throws** ShapeError on sizes that disagree, ArgumentError when Y overlaps X.
+  /// **Throws** ShapeError on sizes that disagree, ArgumentError when Y overlaps X or a dense W; nothing is written
+  /// then.
   template <MatrixOf<const T> X, MatrixOf<T> Y>
   void forward(X&& x, Y&& y, LoraWorkspace<T>& ws, Phase phase = Phase::train) const {
     const MatrixView<const T> xv = view_of(x);
     const MatrixView<T> yv = view_of(y);
-    detail::expect_shape("LoraLinear::forward", "X", xv.rows(), xv.cols(), xv.rows(), in_features());
-    detail::expect_shape("LoraLinear::forward", "Y", yv.rows(), yv.cols(), xv.rows(), out_features());
+    detail::expect_operands<T>("LoraLinear::forward", "X", xv, in_features(), "Y", yv, out_features());
+    detail::expect_apart_from_base("LoraLinear::forward", "Y", yv, base_);
     const bool drops = phase == Phase::train && options_.dropout > 0;
-    if (drops) ++ws.call;
+    if (drops) detail::begin_dropping(ws, workspaces_);
     lora_forward<T>(base_, A(), B(), scale_, xv, yv, ws, mask(drops, ws));
     if (!bias().empty()) detail::add_bias<T>(bias(), yv);
   }
 
   /// Gradients of A, B (and a trained bias) into parameters().gradients(), and dX, for the forward pass kept in `ws`.
   /// dX may be X's own memory. **Throws** ShapeError on sizes that disagree, ArgumentError without a matching forward
-  /// or when dX overlaps G.
+  /// or when dX overlaps G or a dense W. Nothing is written then.
   template <MatrixOf<const T> X, MatrixOf<const T> G, MatrixOf<T> DX>
   void backward(X&& x, G&& g, LoraWorkspace<T>& ws, DX&& dx, BackwardOptions options = {}) {
     backward_impl(view_of(x), view_of(g), ws, MatrixView<T>(view_of(dx)), options);
@@ -131,21 +117,22 @@ class LoraLinear : public FactorParameters<T> {
   }
   [[nodiscard]] std::optional<detail::DropoutMask> mask(bool drops, const LoraWorkspace<T>& ws) const {
     if (!drops) return std::nullopt;
-    return detail::DropoutMask(options_.dropout, options_.seed, ws.call);
+    return detail::dropout_mask(options_, parameters_, ws);
   }
   void backward_impl(MatrixView<const T> X, MatrixView<const T> G, LoraWorkspace<T>& ws,
                      std::optional<MatrixView<T>> dX, BackwardOptions options) {
-    detail::expect_shape("LoraLinear::backward", "X", X.rows(), X.cols(), X.rows(), in_features());
-    detail::expect_shape("LoraLinear::backward", "G", G.rows(), G.cols(), X.rows(), out_features());
+    const std::optional<detail::DropoutMask> dropped = mask(ws.masked, ws);
+    detail::expect_lora_backward<T>("LoraLinear::backward", base_, rank(), X, G, ws, dX, dropped.has_value());
     if (options_.train_bias)
       detail::bias_gradient<T>(G, options.gradients == Update::accumulate, parameters_.gradient(2));
     lora_backward<T>(base_, A(), B(), scale_, X, G, ws, parameters_.gradient(0), parameters_.gradient(1), dX, options,
-                     mask(ws.masked, ws));
+                     dropped);
   }
 
   Base base_;
   LoraLinearOptions options_;
   std::vector<T> bias_;
+  mutable detail::Numbering workspaces_;
 };
 
 }  // namespace lowrank

@@ -11,31 +11,9 @@
 #include <optional>
 
 #include "lowrank/adapter/dropout.hpp"
-#include "lowrank/linalg/base.hpp"
+#include "lowrank/adapter/layer.hpp"
 
 namespace lowrank {
-
-/// Whether a forward pass is part of training (dropout acts) or not.
-enum class Phase { train, eval };
-
-/// What a layer needs between forward and backward; owned by the caller, reused from step to step, grows to the largest
-/// batch seen and allocates nothing after that. One for each forward pass whose backward is still to come.
-template <Real T>
-struct LoraWorkspace {
-  Matrix<T> T_;            ///< s·X̃·Aᵀ, tokens×r
-  Matrix<T> U;             ///< s·G·B, tokens×r
-  Matrix<T> dropped;       ///< X̃ = mask∘X/(1−p) in forward, U·A in backward; unused without dropout
-  std::uint64_t call = 0;  ///< counts training forwards: each draws a new dropout mask. Set it to resume a run exactly.
-  Index tokens = -1;       ///< rows of the last forward
-  bool masked = false;     ///< whether the last forward dropped anything
-};
-
-/// How a backward pass writes: gradients added to what is there (as after several micro-batches) or assigned, dX
-/// likewise.
-struct BackwardOptions {
-  Update gradients = Update::accumulate;
-  Update dx = Update::assign;
-};
 
 namespace detail {
 
@@ -67,24 +45,35 @@ bool rides_along(MatrixView<const T> x) {
   return PackableBase<Base, T> && !base_product_is_faster<Base> && x.rows() > few_rows_limit;
 }
 
+/// What lora_backward asks of its arguments. A layer with gradients of its own asks first: nothing is written after a
+/// throw. `masked`: whether the caller comes with a mask.
+template <class T, class Base>
+void expect_lora_backward(const char* where, const Base& base, Index rank, MatrixView<const T> X, MatrixView<const T> G,
+                          const LoraWorkspace<T>& ws, const std::optional<MatrixView<T>>& dX, bool masked) {
+  expect_backward<T>(where, X, G, dX, base.cols(), base.rows());
+  if (dX) expect_apart_from_base(where, "dX", *dX, base);
+  if (ws.tokens != X.rows() || ws.masked != masked || ws.T_.cols() != rank)
+    throw ArgumentError(text(where, ": the workspace must hold the forward pass of these ", X.rows(),
+                             " tokens, it holds ", ws.tokens < 0 ? "none" : to_text(ws.tokens)));
+}
+
 }  // namespace detail
 
 /// Y = X·Wᵀ + s·(X̃·Aᵀ)·Bᵀ, X̃ the input after dropout (X itself when `mask` is empty).
 ///
 /// **Shapes** at the top of the file; every matrix in any order. **Cost** 2·tokens·(out·in + r·(in + out)) flops; the
 /// low-rank term shares the accumulators of the big product where the base allows it, so Y is written once.
-/// **Throws** ShapeError on sizes that disagree, ArgumentError when Y overlaps X.
+/// **Throws** ShapeError on sizes that disagree, ArgumentError when Y overlaps X or a dense W.
 template <Real T, FrozenBase<T> Base>
 void lora_forward(const Base& base, std::type_identity_t<MatrixView<const T>> A,
                   std::type_identity_t<MatrixView<const T>> B, T scale, std::type_identity_t<MatrixView<const T>> X,
                   std::type_identity_t<MatrixView<T>> Y, LoraWorkspace<T>& ws,
                   const std::optional<detail::DropoutMask>& mask = std::nullopt) {
   const Index r = A.rows(), in = base.cols(), out = base.rows(), tokens = X.rows();
-  detail::expect_shape("lora_forward", "X", X.rows(), X.cols(), tokens, in);
-  detail::expect_shape("lora_forward", "Y", Y.rows(), Y.cols(), tokens, out);
+  detail::expect_operands<T>("lora_forward", "X", X, in, "Y", Y, out);
+  detail::expect_apart_from_base("lora_forward", "Y", Y, base);
   detail::expect_shape("lora_forward", "A", A.rows(), A.cols(), r, in);
   detail::expect_shape("lora_forward", "B", B.rows(), B.cols(), out, r);
-  if (detail::overlap(X, Y)) throw ArgumentError("lora_forward: Y must not overlap X");
 
   MatrixView<const T> dropped = X;
   if (mask) {
@@ -110,7 +99,7 @@ void lora_forward(const Base& base, std::type_identity_t<MatrixView<const T>> A,
 ///
 /// dX may be the very memory of X: dA is taken before dX is written. **Cost** 2·tokens·(out·in + 2·r·(out + in)) flops:
 /// four products with r, none of W's size but dX's own. **Throws** ShapeError on sizes that disagree; ArgumentError
-/// when `ws` does not hold a forward pass of as many tokens, or dX overlaps G.
+/// when `ws` does not hold a forward pass of as many tokens, or dX overlaps G or a dense W. Nothing is written then.
 template <Real T, FrozenBase<T> Base>
 void lora_backward(const Base& base, std::type_identity_t<MatrixView<const T>> A,
                    std::type_identity_t<MatrixView<const T>> B, T scale, std::type_identity_t<MatrixView<const T>> X,
@@ -119,15 +108,11 @@ void lora_backward(const Base& base, std::type_identity_t<MatrixView<const T>> A
                    std::optional<std::type_identity_t<MatrixView<T>>> dX, BackwardOptions options = {},
                    const std::optional<detail::DropoutMask>& mask = std::nullopt) {
   const Index r = A.rows(), in = base.cols(), out = base.rows(), tokens = X.rows();
-  detail::expect_shape("lora_backward", "X", X.rows(), X.cols(), tokens, in);
-  detail::expect_shape("lora_backward", "G", G.rows(), G.cols(), tokens, out);
+  detail::expect_shape("lora_backward", "A", A.rows(), A.cols(), r, in);
+  detail::expect_shape("lora_backward", "B", B.rows(), B.cols(), out, r);
   detail::expect_shape("lora_backward", "dA", dA.rows(), dA.cols(), r, in);
   detail::expect_shape("lora_backward", "dB", dB.rows(), dB.cols(), out, r);
-  if (dX) detail::expect_shape("lora_backward", "dX", dX->rows(), dX->cols(), tokens, in);
-  if (dX && detail::overlap(*dX, G)) throw ArgumentError("lora_backward: dX must not overlap G");
-  if (ws.tokens != tokens || ws.masked != mask.has_value() || ws.T_.cols() != r)
-    throw ArgumentError(detail::text("lora_backward: the workspace must hold the forward pass of these ", tokens,
-                                     " tokens, it holds ", ws.tokens < 0 ? "none" : detail::to_text(ws.tokens)));
+  detail::expect_lora_backward<T>("lora_backward", base, r, X, G, ws, dX, mask.has_value());
 
   const bool add = options.gradients == Update::accumulate;
   const MatrixView<const T> kept = ws.T_.view();

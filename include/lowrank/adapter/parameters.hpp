@@ -49,6 +49,8 @@ class Parameters {
   Parameters& operator=(const Parameters&) = delete;
 
   [[nodiscard]] Index size() const noexcept { return size_; }
+  /// The layer's name in the FlatParameters that packed it, empty before; masks of dropout depend on it.
+  [[nodiscard]] const std::string& name() const noexcept { return name_; }
   [[nodiscard]] const std::vector<ParameterInfo>& table() const noexcept { return table_; }
   [[nodiscard]] std::span<T> values() noexcept { return {values_, std::size_t(size_)}; }
   [[nodiscard]] std::span<const T> values() const noexcept { return {values_, std::size_t(size_)}; }
@@ -70,7 +72,11 @@ class Parameters {
     values_ = values;
     gradients_ = gradients;
     own_ = Buffer<T>();
+    relocated_ = true;
   }
+  /// Whether relocate() has moved the contents out of this object's own memory.
+  [[nodiscard]] bool relocated() const noexcept { return relocated_; }
+  void set_name(std::string name) noexcept { name_ = std::move(name); }
 
  private:
   [[nodiscard]] MatrixView<T> at(T* base, std::size_t i) const noexcept {
@@ -78,8 +84,10 @@ class Parameters {
     return view_of(base + p.offset, p.rows, p.cols);
   }
 
+  std::string name_;
   std::vector<ParameterInfo> table_;
   Index size_ = 0;
+  bool relocated_ = false;
   Buffer<T> own_;
   T *values_ = nullptr, *gradients_ = nullptr;
 };
@@ -96,41 +104,56 @@ template <Real T>
 class FlatParameters {
  public:
   /// Registers a layer's parameters; their names get `prefix` and a dot in front. Takes effect with pack().
+  /// **Throws** ArgumentError after pack(), for a layer that was added already or lives in another's blocks, and for a
+  /// name that is taken. **Cost** a comparison with every name so far.
   void add(const std::string& prefix, Parameters<T>& parameters) {
-    parts_.push_back(&parameters);
-    for (ParameterInfo p : parameters.table()) {
-      p.name = prefix.empty() ? p.name : prefix + "." + p.name;
-      p.offset += size_;
-      table_.push_back(std::move(p));
+    constexpr const char* where = "FlatParameters::add: ";
+    if (packed_) throw ArgumentError(detail::text(where, "'", prefix, "' comes after pack()"));
+    if (parameters.relocated())
+      throw ArgumentError(detail::text(where, "'", prefix, "' is packed already, as '", parameters.name(), "'"));
+    for (const auto& [name, part] : parts_)
+      if (part == &parameters)
+        throw ArgumentError(detail::text(where, "'", prefix, "' was added already, as '", name, "'"));
+    std::vector<ParameterInfo> table = parameters.table();
+    for (ParameterInfo& p : table) {
+      if (!prefix.empty()) p.name = prefix + "." + p.name;
+      p.offset += added_;
+      for (const ParameterInfo& other : table_)
+        if (other.name == p.name) throw ArgumentError(detail::text(where, "the name '", p.name, "' is taken"));
     }
-    size_ += parameters.size();
+    parts_.emplace_back(prefix, &parameters);
+    table_.insert(table_.end(), table.begin(), table.end());
+    added_ += parameters.size();
   }
 
   /// Allocates the two blocks and moves every registered layer into them. Call once, after the last add().
   /// **Throws** ArgumentError when called again: the layers of the first time would be left behind.
   void pack() {
     if (packed_) throw ArgumentError("FlatParameters::pack: already packed");
+    values_.resize(added_);
+    gradients_.resize(added_);
     packed_ = true;
-    values_.resize(size_);
-    gradients_.resize(size_);
     Index offset = 0;
-    for (Parameters<T>* part : parts_) {
+    for (auto& [name, part] : parts_) {
       const Index n = part->size();
       part->relocate(values_.data() + offset, gradients_.data() + offset);
+      part->set_name(std::move(name));
       offset += n;
     }
     parts_.clear();
   }
 
-  [[nodiscard]] Index size() const noexcept { return size_; }
+  /// Length of the two blocks; 0 before pack().
+  [[nodiscard]] Index size() const noexcept { return values_.size(); }
   [[nodiscard]] const std::vector<ParameterInfo>& table() const noexcept { return table_; }
   [[nodiscard]] std::span<T> values() noexcept { return {values_.data(), std::size_t(values_.size())}; }
   [[nodiscard]] std::span<const T> values() const noexcept { return {values_.data(), std::size_t(values_.size())}; }
   [[nodiscard]] std::span<T> gradients() noexcept { return {gradients_.data(), std::size_t(gradients_.size())}; }
   void zero_gradients() { std::fill(gradients_.begin(), gradients_.end(), T(0)); }
 
-  /// The named entry as a matrix. **Throws** ArgumentError for an unknown name.
+  /// The named entry as a matrix. **Throws** ArgumentError for an unknown name, and before pack().
   [[nodiscard]] MatrixView<T> value(const std::string& name) {
+    if (!packed_) throw ArgumentError(detail::text("FlatParameters::value: '", name, "' has no place before pack()"));
     for (const ParameterInfo& p : table_)
       if (p.name == name) return view_of(values_.data() + p.offset, p.rows, p.cols);
     throw ArgumentError(
@@ -138,9 +161,9 @@ class FlatParameters {
   }
 
  private:
-  std::vector<Parameters<T>*> parts_;
+  std::vector<std::pair<std::string, Parameters<T>*>> parts_;
   std::vector<ParameterInfo> table_;
-  Index size_ = 0;
+  Index added_ = 0;
   Buffer<T> values_, gradients_;
   bool packed_ = false;
 };

@@ -163,6 +163,15 @@ bool overlap(const MatrixView<T>& a, const MatrixView<U>& b) {
          (meet(outer + 1, a_outer, b_outer) && meet(inner - ld, a_inner, b_inner));
 }
 
+/// Throws ArgumentError when an output shares memory with something the same call reads.
+/// `where` names the public function, `written` and `read` the arguments: "LoraLinear::forward", "Y", "X".
+template <class T, class U>
+void expect_apart(const char* where, const char* written, const MatrixView<T>& out, const char* read,
+                  const MatrixView<U>& in) {
+  if (overlap(out, in)) [[unlikely]]
+    throw ArgumentError(text(where, ": ", written, " must not overlap ", read));
+}
+
 /// Calls f(pointer, length) for every contiguous run of a view, in memory order: rows of a row-major view, columns of
 /// a column-major one, or everything at once. Elementwise loops go through here so that they never see an order.
 template <class T, class F>

@@ -15,8 +15,8 @@ namespace lowrank {
 /// The largest |⟨y, A·x⟩ − ⟨Aᵀ·y, x⟩| / max(‖A·x‖, ‖Aᵀ·y‖) over a few pairs of Gaussian vectors x, y.
 ///
 /// **Numerics** for a right pair a few eps·√max(m, n); for a wrong one of order 1 (below δ with probability about δ a
-/// pair). NaN when a product is not finite. **Cost** two products with `probes` vectors. **Source** the dot-product
-/// test of inverse problems, Claerbout, Earth Soundings Analysis (1992).
+/// pair). NaN when a product, or its squared norm, is not finite. **Cost** two products with `probes` vectors.
+/// **Source** the dot-product test of inverse problems, Claerbout, Earth Soundings Analysis (1992).
 template <Real T, class Op>
 requires LinearOperator<Op, T>
 double adjoint_error(const Op& A, std::uint64_t seed = 0, Index probes = 4) {
@@ -39,22 +39,22 @@ double adjoint_error(const Op& A, std::uint64_t seed = 0, Index probes = 4) {
       right += double(AtY(p, j)) * double(X(p, j));
       aty += double(AtY(p, j)) * double(AtY(p, j));
     }
+    if (!std::isfinite(left + right + ax + aty)) return std::numeric_limits<double>::quiet_NaN();
     const double size = std::sqrt(std::max(ax, aty));
     // Products among denormals are all rounding: they say nothing.
     if (size * double(std::numeric_limits<T>::epsilon()) <= double(std::numeric_limits<T>::min())) continue;
-    const double error = std::abs(left - right) / size;
-    worst = std::isnan(error) ? error : std::max(worst, error);
-    if (std::isnan(worst)) break;
+    worst = std::max(worst, std::abs(left - right) / size);
   }
   return worst;
 }
 
 /// **Throws** ArgumentError when A's two products do not belong to one matrix: adjoint_error above 2⁻¹⁰ (float) or 2⁻²⁶
-/// (double), which rounding does not reach.
+/// (double), which rounding does not reach; NonFiniteError when it is NaN.
 template <Real T, class Op>
 requires LinearOperator<Op, T>
 void check_adjoint(const Op& A, std::uint64_t seed = 0) {
   const double error = adjoint_error<T>(A, seed), limit = std::same_as<T, float> ? 0x1p-10 : 0x1p-26;
+  if (std::isnan(error)) throw NonFiniteError("check_adjoint: apply or apply_adjoint of finite vectors is not finite");
   if (error > limit)
     throw ArgumentError(
         detail::text("check_adjoint: apply_adjoint is not the adjoint of apply: <y, Ax> and <A'y, x> differ by ", error,

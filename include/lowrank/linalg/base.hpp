@@ -14,6 +14,7 @@ namespace lowrank {
 /// - `forward(X, Y, update)`: Y = X·Wᵀ, or Y += X·Wᵀ. X tokens×in, Y tokens×out.
 /// - `backward(G, dX, update)`: dX = G·W, or dX += G·W. G tokens×out, dX tokens×in.
 ///
+/// The layers check sizes and overlap before they call it, so that a base need not.
 /// Dense storage (DenseBase), block-quantised storage (QuantizedMatrix) and a user's own kernel all fit.
 template <class B, class T>
 concept FrozenBase = Real<T> && requires(const B& b, MatrixView<const T> in, MatrixView<T> out, Update update) {
@@ -31,6 +32,26 @@ concept PackableBase = FrozenBase<B, T> && requires(const B& b) {
   { b.panels() } -> detail::PanelSource<T>;
   { b.panels_transposed() } -> detail::PanelSource<T>;
 };
+
+namespace detail {
+
+/// What every product with a weight asks of its operands, before it writes: `in` tokens×depth, `out` tokens×width, and
+/// the two apart. **Throws** ShapeError, ArgumentError.
+template <class T>
+void expect_operands(const char* where, const char* in_name, std::type_identity_t<MatrixView<const T>> in, Index depth,
+                     const char* out_name, MatrixView<T> out, Index width) {
+  expect_shape(where, in_name, in.rows(), in.cols(), in.rows(), depth);
+  expect_shape(where, out_name, out.rows(), out.cols(), in.rows(), width);
+  expect_apart(where, out_name, out, in_name, in);
+}
+
+/// Throws ArgumentError when an output lies in the memory of a dense base; what other bases hold is theirs to know.
+template <class Base, class T>
+void expect_apart_from_base(const char* where, const char* name, const MatrixView<T>& out, const Base& base) {
+  if constexpr (requires { overlap(out, base.weight()); }) expect_apart(where, name, out, "W", base.weight());
+}
+
+}  // namespace detail
 
 /// A dense frozen weight: a view of the caller's matrix, or a matrix it owns. Stored as S, used as T.
 ///
@@ -55,14 +76,18 @@ class DenseBase {
   [[nodiscard]] Index cols() const noexcept { return view_.cols(); }
   [[nodiscard]] MatrixView<const S> weight() const noexcept { return view_; }
 
+  /// Y = X·Wᵀ or Y += X·Wᵀ. **Throws** ShapeError on sizes that disagree, ArgumentError when Y overlaps X or W; nothing
+  /// is written then.
   void forward(MatrixView<const T> X, MatrixView<T> Y, Update update = Update::assign) const {
-    detail::expect_shape("DenseBase::forward", "X", X.rows(), X.cols(), Y.rows(), cols());
-    detail::expect_shape("DenseBase::forward", "Y", Y.rows(), Y.cols(), X.rows(), rows());
+    detail::expect_operands<T>("DenseBase::forward", "X", X, cols(), "Y", Y, rows());
+    detail::expect_apart("DenseBase::forward", "Y", Y, "W", view_);
     detail::product<T, T, S>(T(1), X, view_, update == Update::accumulate, Y);
   }
+  /// dX = G·W or dX += G·W. **Throws** ShapeError on sizes that disagree, ArgumentError when dX overlaps G or W;
+  /// nothing is written then.
   void backward(MatrixView<const T> G, MatrixView<T> dX, Update update = Update::assign) const {
-    detail::expect_shape("DenseBase::backward", "G", G.rows(), G.cols(), dX.rows(), rows());
-    detail::expect_shape("DenseBase::backward", "dX", dX.rows(), dX.cols(), G.rows(), cols());
+    detail::expect_operands<T>("DenseBase::backward", "G", G, rows(), "dX", dX, cols());
+    detail::expect_apart("DenseBase::backward", "dX", dX, "W", view_);
     detail::product<T, T, S>(T(1), G, view_.transposed(), update == Update::accumulate, dX);
   }
   /// Row i, widened, into cols() scalars at `out`: what an embedding reads.

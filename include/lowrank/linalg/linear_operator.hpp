@@ -15,7 +15,7 @@ namespace lowrank {
 /// - `apply_adjoint(X, Y)`: Y = Aᵀ·X. X rows()×k, Y cols()×k.
 ///
 /// X and Y come in any order and do not overlap; Y's old contents mean nothing. Both must describe the *same* matrix to
-/// rounding: adjoint_check (certificates.hpp) tells. An operator is passed by const reference and copied into
+/// rounding: check_adjoint (adjoint_check.hpp) tells. An operator is passed by const reference and copied into
 /// composites, so it should be as light as a view.
 template <class Op, class T>
 concept LinearOperator = Real<T> && requires(const Op& A, MatrixView<const T> in, MatrixView<T> out) {

@@ -2,6 +2,7 @@
 // AdamW on flat blocks.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <span>
@@ -27,15 +28,16 @@ template <Real T>
 class AdamW {
  public:
   /// For a block of n parameters. Groups must lie inside the block and not overlap; what no group covers gets factor 1
-  /// and options.weight_decay. **Throws** ArgumentError otherwise, and for betas outside [0, 1), ε ≤ 0 or a negative
-  /// decay.
+  /// and options.weight_decay. **Throws** ArgumentError otherwise, and for n < 0, betas outside [0, 1), ε not positive,
+  /// a decay or lr_factor that is negative, or any of these not finite.
   explicit AdamW(Index n, const AdamWOptions& options = {}, std::vector<ParameterGroup> groups = {})
-      : o_(options), groups_(std::move(groups)), m_(n), v_(n) {
+      : o_(options), groups_(std::move(groups)), m_(checked_size(n)), v_(n) {
     if (!(o_.beta1 >= 0 && o_.beta1 < 1 && o_.beta2 >= 0 && o_.beta2 < 1))
       throw ArgumentError(detail::text("AdamW: betas must lie in [0, 1), got ", o_.beta1, " and ", o_.beta2));
-    if (!(o_.epsilon > 0)) throw ArgumentError(detail::text("AdamW: epsilon must be positive, got ", o_.epsilon));
-    if (!(o_.weight_decay >= 0))
-      throw ArgumentError(detail::text("AdamW: weight_decay must not be negative, got ", o_.weight_decay));
+    if (!(o_.epsilon > 0) || !std::isfinite(o_.epsilon))
+      throw ArgumentError(detail::text("AdamW: epsilon must be positive and finite, got ", o_.epsilon));
+    if (!(o_.weight_decay >= 0) || !std::isfinite(o_.weight_decay))
+      throw ArgumentError(detail::text("AdamW: weight_decay must be finite and not negative, got ", o_.weight_decay));
     std::fill(m_.begin(), m_.end(), T(0));
     std::fill(v_.begin(), v_.end(), T(0));
     complete_groups(n);
@@ -77,18 +79,24 @@ class AdamW {
   }
 
  private:
+  static Index checked_size(Index n) {
+    if (n < 0) throw ArgumentError(detail::text("AdamW: the number of parameters must not be negative, got ", n));
+    return n;
+  }
   /// Sorts the groups and adds default ones for what they leave out, so that step() is one loop.
   void complete_groups(Index n) {
     std::sort(groups_.begin(), groups_.end(), [](const auto& a, const auto& b) { return a.offset < b.offset; });
     std::vector<ParameterGroup> all;
     Index next = 0;
     for (const ParameterGroup& g : groups_) {
-      if (g.offset < next || g.size < 0 || g.offset + g.size > n)
-        throw ArgumentError(detail::text("AdamW: groups must not overlap and lie in [0, ", n, "), got [", g.offset,
-                                         ", ", g.offset + g.size, ")"));
-      if (!(g.lr_factor >= 0) || !(g.weight_decay >= 0))
-        throw ArgumentError(detail::text("AdamW: a group's lr_factor and weight_decay must not be negative, got ",
-                                         g.lr_factor, " and ", g.weight_decay));
+      if (g.offset < next || g.offset > n || g.size < 0 || g.size > n - g.offset)
+        throw ArgumentError(detail::text("AdamW: groups must not overlap and lie in [0, ", n, "), got ", g.size,
+                                         " parameters from ", g.offset));
+      if (!(g.lr_factor >= 0) || !std::isfinite(g.lr_factor) || !(g.weight_decay >= 0) ||
+          !std::isfinite(g.weight_decay))
+        throw ArgumentError(
+            detail::text("AdamW: a group's lr_factor and weight_decay must be finite and not negative, got ",
+                         g.lr_factor, " and ", g.weight_decay));
       if (g.offset > next) all.push_back({next, g.offset - next, 1.0, o_.weight_decay});
       all.push_back(g);
       next = g.offset + g.size;

@@ -38,7 +38,9 @@ class Schedule {
                                        o_.warmup_steps, " and ", o_.total_steps));
   }
 
+  /// The learning rate of step t = 0, 1, …; the last value after total_steps. **Throws** ArgumentError for t < 0.
   [[nodiscard]] double operator()(std::int64_t step) const {
+    if (step < 0) throw ArgumentError(detail::text("Schedule: the step must not be negative, got ", step));
     if (step < o_.warmup_steps) return o_.peak * double(step + 1) / double(o_.warmup_steps);
     if (o_.decay == Decay::constant || o_.total_steps == o_.warmup_steps) return o_.peak;
     const double x = std::min(1.0, double(step - o_.warmup_steps) / double(o_.total_steps - o_.warmup_steps));

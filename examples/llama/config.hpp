@@ -7,7 +7,7 @@
 #include <string>
 
 #include "lowrank/core/errors.hpp"
-#include "tensors.hpp"
+#include "rope.hpp"
 
 namespace llama {
 
@@ -33,6 +33,7 @@ struct ModelConfig {
   Index num_key_value_heads = 2;  ///< fewer than heads: grouped-query attention
   Index head_dim = 32;
   double rope_theta = 10000;
+  RopeScaling rope_scaling = {};
   double rms_norm_eps = 1e-5;
   bool tie_word_embeddings = false;
 
@@ -54,6 +55,13 @@ inline void check(const ModelConfig& c) {
        "a divisor of num_attention_heads", c.num_key_value_heads);
   need(c.head_dim >= 2 && c.head_dim % 2 == 0, "head_dim", "even and at least 2", c.head_dim);
   need(c.rope_theta > 0 && std::isfinite(c.rope_theta), "rope_theta", "positive and finite", c.rope_theta);
+  const RopeScaling& rope = c.rope_scaling;
+  need(rope.factor > 0 && std::isfinite(rope.factor), "rope_scaling.factor", "positive and finite", rope.factor);
+  need(rope.low_freq_factor > 0, "rope_scaling.low_freq_factor", "positive", rope.low_freq_factor);
+  need(rope.high_freq_factor > rope.low_freq_factor, "rope_scaling.high_freq_factor", "above low_freq_factor",
+       rope.high_freq_factor);
+  need(rope.original_max_position_embeddings >= 1, "rope_scaling.original_max_position_embeddings", "at least 1",
+       rope.original_max_position_embeddings);
   need(c.rms_norm_eps > 0 && std::isfinite(c.rms_norm_eps), "rms_norm_eps", "positive and finite", c.rms_norm_eps);
 }
 

@@ -39,46 +39,6 @@ void rms_norm_weight_gradient(const Mat<T>& x, const ColVec<T>& inv, const Mat<T
   for (Index i = 0; i < x.rows(); ++i) dw.array() += inv(i) * x.row(i).array() * g.row(i).array();
 }
 
-// ---- Rotary position embedding, Hugging Face's split: feature i of a head turns with feature i + head_dim/2
-// ------------
-
-/// cos and sin of position · θ^(−2i/head_dim), positions × head_dim/2.
-template <class T>
-struct Rope {
-  Mat<T> cos, sin;
-
-  Rope() = default;
-  Rope(Index positions, Index head_dim, double theta) : cos(positions, head_dim / 2), sin(positions, head_dim / 2) {
-    for (Index p = 0; p < positions; ++p)
-      for (Index i = 0; i < head_dim / 2; ++i) {
-        const double angle = double(p) * std::pow(theta, -2.0 * double(i) / double(head_dim));
-        cos(p, i) = T(std::cos(angle));
-        sin(p, i) = T(std::sin(angle));
-      }
-  }
-};
-
-/// Turns every head of x in place; row i stands at position i mod time. A rotation is undone, and its gradient taken,
-/// by turning the other way: `direction` −1.
-template <class T>
-void rotate(const Rope<T>& rope, Index time, Index head_dim, Mat<T>& x, T direction = T(1)) {
-  const Index half = head_dim / 2;
-  for_each_parallel(x.rows(), [&](Index i) {
-    const Index p = i % time;
-    const T* const c = &rope.cos(p, 0);
-    const T* const s = &rope.sin(p, 0);
-    for (Index h = 0; h < x.cols(); h += head_dim) {
-      T* const a = &x(i, h);
-      T* const b = a + half;
-      for (Index j = 0; j < half; ++j) {
-        const T turned = a[j] * c[j] - direction * b[j] * s[j];
-        b[j] = b[j] * c[j] + direction * a[j] * s[j];
-        a[j] = turned;
-      }
-    }
-  });
-}
-
 // ---- SwiGLU: y = silu(gate) ∘ up, silu(z) = z·σ(z)
 // --------------------------------------------------------------------
 

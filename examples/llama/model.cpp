@@ -65,7 +65,8 @@ Mat<T>& Model<T>::forward(const Batch& batch, lowrank::Phase phase) {
   if (Index(batch.inputs.size()) != tokens)
     throw lowrank::ShapeError(message("llama::Model::forward: expected ", batch.batch, "x", batch.time, " tokens, got ",
                                       batch.inputs.size()));
-  if (rope_.cos.rows() < batch.time) rope_ = Rope<T>(batch.time, config_.head_dim, config_.rope_theta);
+  if (rope_.cos.rows() < batch.time)
+    rope_ = Rope<T>(batch.time, config_.head_dim, config_.rope_theta, config_.rope_scaling);
   shape_ = {batch.batch, batch.time, config_.num_attention_heads, config_.num_key_value_heads, config_.head_dim};
 
   Mat<T>* x = &layers_.front()->kept.x;

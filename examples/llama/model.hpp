@@ -13,6 +13,7 @@
 #include "kernels.hpp"
 #include "lowrank/core/rng.hpp"
 #include "projection.hpp"
+#include "rope.hpp"
 
 namespace llama {
 
@@ -89,6 +90,11 @@ class Model {
     if (head_) f(std::string("lm_head"), *head_);
   }
   [[nodiscard]] EmbeddingLayer<T>& embedding() { return embedding_; }
+
+  /// Says that `count` training passes have been made, which is all that dropout's masks depend on beside their seed.
+  void set_training_passes(Index count) {
+    for_each_projection([&](const std::string&, Projection<T>& p) { p.set_training_passes(count); });
+  }
 
  private:
   /// What the forward pass of a layer leaves for its backward pass.

@@ -78,6 +78,8 @@ class Projection {
     return std::visit([](auto& layer) -> lowrank::Parameters<T>& { return layer.parameters(); }, layer_);
   }
   [[nodiscard]] LinearLayer<T>& layer() { return layer_; }
+  /// Where a resumed run goes on: each training pass draws a dropout mask of its own.
+  void set_training_passes(Index count) { workspace_.call = std::uint64_t(count); }
   /// The adapter, when there is one.
   [[nodiscard]] std::optional<lowrank::LoraFactors<T>> factors() const {
     return std::visit(

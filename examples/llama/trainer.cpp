@@ -6,6 +6,8 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <filesystem>
+#include <numeric>
 
 #include "corpus.hpp"
 
@@ -31,14 +33,17 @@ void watch_for_interrupts() {
   std::signal(SIGTERM, note_signal);
 }
 
+bool interrupt_requested() { return interrupted != 0; }
+
 void throw_if_interrupted() {
-  if (interrupted != 0) throw Interrupted();
+  if (interrupt_requested()) throw Interrupted("interrupted");
 }
 
-Progress::Progress(std::string label, Index steps, Index tokens_per_step)
+Progress::Progress(std::string label, Index steps, Index tokens_per_step, Index before)
     : label_(std::move(label)),
       steps_(steps),
       tokens_per_step_(tokens_per_step),
+      before_(before),
       terminal_(::isatty(STDERR_FILENO) != 0),
       start_(now()) {}
 
@@ -47,7 +52,7 @@ Progress::~Progress() {
 }
 
 void Progress::update(Index done, double loss) {
-  smoothed_ = done == 1 ? loss : 0.95 * smoothed_ + 0.05 * loss;
+  smoothed_ = done == before_ + 1 ? loss : 0.95 * smoothed_ + 0.05 * loss;
   const double t = now();
   const bool last = done == steps_;
   // Ten redraws a second are smooth; a log wants a line about every quarter of the run.
@@ -58,8 +63,9 @@ void Progress::update(Index done, double loss) {
 }
 
 void Progress::draw(Index done, double loss, bool last) {
-  const double elapsed = now() - start_, rate = double(done * tokens_per_step_) / elapsed;
-  const double left = elapsed / double(done) * double(steps_ - done);
+  const Index made = done - before_;
+  const double elapsed = now() - start_, rate = double(made * tokens_per_step_) / elapsed;
+  const double left = elapsed / double(made) * double(steps_ - done);
   if (!terminal_) {
     std::fprintf(stderr, "%-18s step %5td/%td  loss %.3f  %6.0f tokens/s  %3.0f s left\n", label_.c_str(), done, steps_,
                  loss, rate, left);
@@ -76,39 +82,115 @@ void Progress::draw(Index done, double loss, bool last) {
   if (last) std::fputc('\n', stderr);
 }
 
-TrainResult train(Model<float>& model, const std::vector<Token>& tokens, const TrainOptions& o) {
-  if (o.steps < 1 || o.batch < 1)
-    throw lowrank::ArgumentError(message("train: steps and batch must be at least 1, got ", o.steps, " and ", o.batch));
-  lowrank::FlatParameters<float>& p = model.parameters();
-  if (p.size() == 0) throw lowrank::ArgumentError("train: the model has nothing trainable");
-  lowrank::AdamW<float> adam(p.size(), {.beta2 = 0.99},
-                             lowrank::lora_plus_groups(p.table(), o.lora_plus, o.weight_decay));
-  const lowrank::Schedule rate({.peak = o.learning_rate,
-                                .warmup_steps = std::int64_t(o.warmup * double(o.steps)),
-                                .total_steps = o.steps,
-                                .decay = lowrank::Decay::cosine,
-                                .floor = o.learning_rate / 10});
-  TrainResult result;
-  std::vector<double> times;
-  Progress progress(o.label, o.steps, o.batch * o.window);
-  const double start = now();
-  for (Index step = 0; step < o.steps; ++step) {
-    throw_if_interrupted();
-    const Batch batch = random_batch(tokens, o.batch, o.window, o.seed, std::uint64_t(step));
-    const double begin = now();
-    p.zero_gradients();
-    const double loss = model.loss_and_gradients(batch);
-    lowrank::clip_gradients<float>(p.gradients(), o.clip);
-    adam.step(p.values(), p.gradients(), rate(step));
-    times.push_back(now() - begin);
-    result.losses.push_back(loss);
-    if (o.after_step) o.after_step();
-    progress.update(step + 1, loss);
+namespace {
+
+/// One run of train(): begun or resumed, stepped, kept.
+class Run {
+ public:
+  Run(Model<float>& model, const std::vector<Token>& tokens, const TrainOptions& options)
+      : model_(model),
+        parameters_(model.parameters()),
+        tokens_(tokens),
+        o_(options),
+        adam_(parameters_.size(), {.beta2 = 0.99},
+              lowrank::lora_plus_groups(parameters_.table(), o_.lora_plus, o_.weight_decay)),
+        rate_({.peak = o_.learning_rate,
+               .warmup_steps = std::int64_t(o_.warmup * double(o_.steps)),
+               .total_steps = o_.steps,
+               .decay = lowrank::Decay::cosine,
+               .floor = o_.learning_rate / 10}) {}
+
+  /// Where the state file is if it is to be resumed, else step 0.
+  void begin() {
+    if (o_.state.file.empty()) return;
+    settings_ = o_.state.settings;
+    settings_.merge(own_settings());
+    if (!o_.state.resume || !std::filesystem::exists(o_.state.file)) return keep();  // fails now if it will
+    at_ = load_state(o_.state.file, parameters_, adam_, settings_);
+    model_.set_training_passes(at_.step);
+    std::fprintf(stderr, "%s: goes on at step %td of %td\n", o_.label.c_str(), at_.step, o_.steps);
   }
-  result.seconds = now() - start;
-  result.step_ms = 1e3 * median(times);
-  result.tokens_per_second = double(o.batch * o.window) / median(times);
-  return result;
+
+  void to_the_end() {
+    Progress progress(o_.label, o_.steps, o_.batch * o_.window, at_.step);
+    while (at_.step < o_.steps) {
+      stop_if_interrupted();
+      step();
+      if (o_.after_step) o_.after_step();
+      if (at_.step % o_.state.every == 0 || at_.step == o_.steps) keep();
+      progress.update(at_.step, at_.losses.back());
+    }
+  }
+
+  [[nodiscard]] TrainResult result(double seconds) const {
+    const double step = median(at_.seconds);
+    return {.seconds = seconds,
+            .step_ms = 1e3 * step,
+            .tokens_per_second = double(o_.batch * o_.window) / step,
+            .losses = at_.losses};
+  }
+  /// What the steps before a resumption took.
+  [[nodiscard]] double seconds_before() const { return std::accumulate(at_.seconds.begin(), at_.seconds.end(), 0.0); }
+
+ private:
+  void step() {
+    const Batch batch = random_batch(tokens_, o_.batch, o_.window, o_.seed, std::uint64_t(at_.step));
+    const double begin = now();
+    parameters_.zero_gradients();
+    const double loss = model_.loss_and_gradients(batch);
+    lowrank::clip_gradients<float>(parameters_.gradients(), o_.clip);
+    adam_.step(parameters_.values(), parameters_.gradients(), rate_(at_.step));
+    at_.seconds.push_back(now() - begin);
+    at_.losses.push_back(loss);
+    ++at_.step;
+  }
+
+  void keep() {
+    if (!o_.state.file.empty()) save_state(o_.state.file, parameters_, adam_, at_, settings_);
+  }
+
+  void stop_if_interrupted() {
+    if (!interrupt_requested()) return;
+    keep();
+    throw Interrupted(message("interrupted at step ", at_.step, " of ", o_.steps, " of ", o_.label,
+                              o_.state.file.empty() ? "" : "; its state is in " + o_.state.file));
+  }
+
+  [[nodiscard]] Settings own_settings() const {
+    return {{"steps", exact(double(o_.steps))},
+            {"batch", exact(double(o_.batch))},
+            {"window", exact(double(o_.window))},
+            {"learning rate", exact(o_.learning_rate)},
+            {"warm-up", exact(o_.warmup)},
+            {"weight decay", exact(o_.weight_decay)},
+            {"clip", exact(o_.clip)},
+            {"LoRA+ ratio", exact(o_.lora_plus)},
+            {"seed of the batches", std::to_string(o_.seed)},
+            {"training text", fingerprint(tokens_)}};
+  }
+
+  Model<float>& model_;
+  lowrank::FlatParameters<float>& parameters_;
+  const std::vector<Token>& tokens_;
+  const TrainOptions& o_;
+  lowrank::AdamW<float> adam_;
+  lowrank::Schedule rate_;
+  Settings settings_;
+  Progressed at_;
+};
+
+}  // namespace
+
+TrainResult train(Model<float>& model, const std::vector<Token>& tokens, const TrainOptions& o) {
+  if (o.steps < 1 || o.batch < 1 || o.state.every < 1)
+    throw lowrank::ArgumentError(message("train: steps, batch and state.every must be at least 1, got ", o.steps, ", ",
+                                         o.batch, " and ", o.state.every));
+  if (model.parameters().size() == 0) throw lowrank::ArgumentError("train: the model has nothing trainable");
+  Run run(model, tokens, o);
+  run.begin();
+  const double start = now() - run.seconds_before();
+  run.to_the_end();
+  return run.result(now() - start);
 }
 
 double evaluate(Model<float>& model, const std::vector<Token>& tokens, Index window, Index windows) {

@@ -11,24 +11,26 @@
 #include "lowrank/optim/clip.hpp"
 #include "lowrank/optim/schedule.hpp"
 #include "model.hpp"
+#include "state.hpp"
 
 namespace llama {
 
-/// Thrown between two steps after Ctrl-C. Nothing is being written then.
+/// Thrown between two steps after Ctrl-C; says where. Nothing is being written then.
 struct Interrupted : std::runtime_error {
-  Interrupted() : std::runtime_error("interrupted") {}
+  using std::runtime_error::runtime_error;
 };
 
 /// Installs the SIGINT and SIGTERM handlers; they only set a flag.
 void watch_for_interrupts();
+bool interrupt_requested();
 /// Throws Interrupted if a signal came.
 void throw_if_interrupted();
 
 /// One line that shows how far a run is: a bar that redraws itself on a terminal, a plain line now and then elsewhere.
 class Progress {
  public:
-  /// Shows `label`; a step is `tokens_per_step` tokens.
-  Progress(std::string label, Index steps, Index tokens_per_step);
+  /// Shows `label`; a step is `tokens_per_step` tokens; a resumed run has `before` steps behind it.
+  Progress(std::string label, Index steps, Index tokens_per_step, Index before = 0);
   ~Progress();
   /// After step `done` (1-based) with its loss.
   void update(Index done, double loss);
@@ -36,7 +38,7 @@ class Progress {
  private:
   void draw(Index done, double loss, bool last);
   std::string label_;
-  Index steps_, tokens_per_step_;
+  Index steps_, tokens_per_step_, before_;
   bool terminal_, open_ = false;
   double start_, drawn_ = 0, smoothed_ = 0;
 };
@@ -52,6 +54,7 @@ struct TrainOptions {
   double lora_plus = 1;  ///< lr_B / lr_A
   std::uint64_t seed = 0;
   std::function<void()> after_step = {};  ///< called after every step, when there is one
+  StateOptions state = {};
 };
 
 struct TrainResult {
@@ -61,8 +64,12 @@ struct TrainResult {
   std::vector<double> losses;    ///< of each step's batch, before the step
 };
 
-/// Trains what is trainable in the model. Throws lowrank::NonFiniteError when a gradient blows up, Interrupted after
-/// Ctrl-C.
+/// Trains what is trainable in the model.
+///
+/// With a state file the run is kept there at the start, every so many steps, at the end, and when it is interrupted;
+/// resumed from it, it ends at the bits it would have reached without the stop. Throws lowrank::NonFiniteError when a
+/// gradient blows up, Interrupted after Ctrl-C; lowrank::ArgumentError for a state of other settings, lowrank::IoError
+/// for one that cannot be read or written.
 TrainResult train(Model<float>& model, const std::vector<Token>& tokens, const TrainOptions& options);
 
 /// Mean loss in nats a token over at most `windows` windows spread evenly over the tokens.

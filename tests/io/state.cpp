@@ -55,6 +55,29 @@ TEST_CASE_TEMPLATE("a resumed run equals an uninterrupted one", T, float, double
   CHECK(second.same(whole));
 }
 
+TEST_CASE("notes and series of a run come back exactly, before and with the blocks") {
+  TempDir dir;
+  Run<float> run(1), other(2);
+  run.step(1);
+  const TrainingCounters kept{{{"step", 1}},
+                              {{"method", "lora"}, {"rate", "0.1"}, {"", ""}},
+                              {{"losses", {1.0 / 3, -0.0, std::numeric_limits<double>::infinity()}}, {"empty", {}}}};
+  save_training_state(dir / "s", run.flat, *run.optimizer, kept);
+  for (const TrainingCounters& back :
+       {read_training_counters(dir / "s"), load_training_state(dir / "s", other.flat, *other.optimizer)}) {
+    CHECK(back.values == kept.values);
+    CHECK(back.notes == kept.notes);
+    CHECK(back.series == kept.series);
+  }
+  CHECK(other.same(run));
+  SafeTensorsWriter bad(dir / "x", {{"series.a", Dtype::F32, {1}}}, {{"format", "lowrank-training-state-1"}});
+  const std::vector<std::byte> zero(4);
+  bad.write("series.a", zero);
+  bad.commit();
+  check_error([&] { read_training_counters(dir / "x"); }, {"series.a", "F32 [1]", "expected a F64 vector"});
+  check_error([&] { read_training_counters(dir.write("y", "text")); }, {"y"});
+}
+
 TEST_CASE("a state that does not fit is refused and nothing changes") {
   TempDir dir;
   Run<float> run(1), other(2), untouched(2);

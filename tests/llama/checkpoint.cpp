@@ -4,8 +4,13 @@
 
 #include <doctest/doctest.h>
 
+#include <cmath>
 #include <filesystem>
+#include <fstream>
+#include <sstream>
 
+#include "lowrank/io/checkpoint.hpp"
+#include "lowrank/io/llama_config.hpp"
 #include "lowrank/io/peft.hpp"
 #include "support/temp_dir.hpp"
 #include "tiny.hpp"
@@ -33,6 +38,50 @@ std::string error_of(const std::string& folder) {
   }
   return "no error";
 }
+
+const std::string fixtures = LLAMA_FIXTURES;
+
+/// A copy of a checkpoint somebody else wrote, with what else such a directory holds.
+void copy_foreign(const std::string& name, const lowrank::test::TempDir& to) {
+  fs::copy(fixtures + "/" + name, to / "base", fs::copy_options::recursive);
+  fs::remove(to / "base/logits.csv");
+  to.write("base/tokenizer.json", "{\"a\": [1, 2]}");
+  to.write("base/tokenizer.model", std::string("\0\1binary", 8));
+  to.write("base/generation_config.json", "{}");
+  to.write("base/LICENSE", "theirs");
+  to.write("base/pytorch_model.bin", "other weights");
+}
+
+/// Tokens and the logits that numpy found for them, a line each.
+struct Expected {
+  Batch batch{2, 10, {}, {}};
+  std::vector<std::vector<double>> logits;
+  double largest = 0;
+
+  explicit Expected(const std::string& file) {
+    std::ifstream in(file);
+    for (std::string line; std::getline(in, line);) {
+      std::istringstream fields(line);
+      std::string field;
+      std::getline(fields, field, ',');
+      batch.inputs.push_back(Token(std::stoi(field)));
+      logits.emplace_back();
+      while (std::getline(fields, field, ',')) logits.back().push_back(std::stod(field));
+      for (const double x : logits.back()) largest = std::max(largest, std::abs(x));
+    }
+    REQUIRE(batch.inputs.size() == 20);
+  }
+  [[nodiscard]] double error(const Base& base) const {
+    Model<float> model(base.config, base.weights, tiny::recipe<float>([](auto&) { return tiny::Choice::frozen; }));
+    const Mat<float> got = model.forward(batch);
+    REQUIRE(got.cols() == Index(logits[0].size()));
+    double worst = 0;
+    for (Index i = 0; i < got.rows(); ++i)
+      for (Index j = 0; j < got.cols(); ++j)
+        worst = std::max(worst, std::abs(double(got(i, j)) - logits[std::size_t(i)][std::size_t(j)]));
+    return worst;
+  }
+};
 
 }  // namespace
 
@@ -67,8 +116,8 @@ TEST_CASE("what is missing, of another shape, or not supported is refused by nam
   CHECK(with("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3").find("model.layers.2.") != std::string::npos);
   CHECK(with("\"intermediate_size\": 6", "\"intermediate_size\": 8").find("must have shape [8, 5], got [6, 5]") !=
         std::string::npos);
-  CHECK(with("\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"linear\", \"factor\": 2}")
-            .find("rope_scaling") != std::string::npos);
+  CHECK(with("\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 2}").find("yarn") !=
+        std::string::npos);
   CHECK(with("\"attention_bias\": false", "\"attention_bias\": true").find("attention_bias") != std::string::npos);
   CHECK(with("\"model_type\": \"llama\"", "\"model_type\": \"gpt2\"").find("gpt2") != std::string::npos);
   CHECK(with("\"silu\"", "\"gelu\"").find("hidden_act") != std::string::npos);
@@ -106,4 +155,111 @@ TEST_CASE("an adapter is written as PEFT reads it, for the base's own weights wh
     CHECK_THROWS_AS(save_adapter(f.path(), adaptation, model, "b"), lowrank::ArgumentError);
   }
   CHECK(fs::is_empty(f.path()));
+}
+
+TEST_CASE("checkpoints others wrote, in bf16 shards and in f16 with a tied head, give the logits numpy finds") {
+  for (const std::string name : {"foreign_bf16", "foreign_f16"}) {
+    CAPTURE(name);
+    const Expected expected(fixtures + "/" + name + "/logits.csv");
+    Base base = load_checkpoint(fixtures + "/" + name);
+    // Two layers are a chain of some 20 sums of up to 48 products, each within 48 eps of its terms at worst and a few
+    // at most in practice; the stored weights themselves are exact in float.
+    const double allowed = 128 * double(std::numeric_limits<float>::epsilon()) * expected.largest;
+    CHECK(expected.largest > 1);
+    CHECK(expected.error(base) < allowed);
+    // The comparison sees positions and single weights.
+    base.config.rope_scaling = {};
+    CHECK(expected.error(base) > 100 * allowed);
+    base = load_checkpoint(fixtures + "/" + name);
+    for (auto& [module, W] : base.weights)
+      if (kind_of(module) == "k_proj") std::swap(W(0, 0), W(W.rows() - 1, 0));
+    CHECK(expected.error(base) > 100 * allowed);
+  }
+}
+
+TEST_CASE("a changed model is saved as the checkpoint it came from: shards, types, every key, the other files") {
+  const lowrank::test::TempDir f;
+  copy_foreign("foreign_bf16", f);
+  Base base = load_checkpoint(f / "base");
+  save_checkpoint(f / "same", base.config, base.weights, {.source = base.source});
+  for (const char* name :
+       {"model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"}) {
+    const io::SafeTensors was(f / "base/" + name), is(f / "same/" + name);
+    CHECK(is.tensors() == was.tensors());  // names, types, shapes, places
+    for (const auto& t : was.tensors())
+      CHECK(std::ranges::equal(is[t.name].bytes(), was[t.name].bytes()));  // a weight nobody touched keeps its bits
+  }
+  using io::detail::read_json_object;
+  CHECK(read_json_object(f / "same/config.json") == read_json_object(f / "base/config.json"));
+  CHECK(read_json_object(f / "same/model.safetensors.index.json") ==
+        read_json_object(f / "base/model.safetensors.index.json"));
+  for (const char* name : {"tokenizer.json", "tokenizer.model", "generation_config.json", "LICENSE"})
+    CHECK(io::read_text(f / "same/" + name) == io::read_text(f / "base/" + name));
+  CHECK(!fs::exists(f / "same/pytorch_model.bin"));
+
+  base.weights.at("model.layers.1.mlp.up_proj")(3, 2) = 1.5F;
+  save_checkpoint(f / "changed", base.config, base.weights, {.source = base.source});
+  const Base back = load_checkpoint(f / "changed");
+  for (const auto& [module, W] : base.weights) CHECK(same(back.weights.at(module), W));
+  CHECK(back.config.rope_scaling == base.config.rope_scaling);
+
+  base.weights.at("model.layers.1.mlp.up_proj")(3, 2) = 0.1F;  // no bf16
+  save_checkpoint(f / "wide", base.config, base.weights, {.source = base.source, .dtype = "f32"});
+  CHECK(load_checkpoint(f / "wide").weights.at("model.layers.1.mlp.up_proj")(3, 2) == 0.1F);
+  auto config = read_json_object(f / "wide/config.json");
+  CHECK(config["torch_dtype"] == "float32");
+  config["torch_dtype"] = "bfloat16";
+  CHECK(config == read_json_object(f / "base/config.json"));
+  CHECK_THROWS_AS(save_checkpoint(f / "w", base.config, base.weights, {.dtype = "fp8"}), lowrank::ArgumentError);
+}
+
+TEST_CASE("a tied checkpoint whose head left the table is saved untied; one that is mistral stays so") {
+  const lowrank::test::TempDir f;
+  copy_foreign("foreign_f16", f);
+  const std::string path = f / "base/config.json";
+  io::write_text(path, replaced(io::read_text(path), "\"llama\"", "\"mistral\""));
+  Base base = load_checkpoint(f / "base");
+  save_checkpoint(f / "tied", base.config, base.weights, {.source = base.source});
+  CHECK(load_checkpoint(f / "tied").config.tie_word_embeddings);
+  base.weights.emplace("lm_head", lowrank::Matrix<float>(base.weights.at("model.embed_tokens")));
+  base.weights.at("lm_head")(2, 3) = 0.5F;
+  save_checkpoint(f / "untied", base.config, base.weights, {.source = base.source});
+  const Base back = load_checkpoint(f / "untied");
+  CHECK(!back.config.tie_word_embeddings);
+  CHECK(same(back.weights.at("lm_head"), base.weights.at("lm_head")));
+  const io::LlamaConfig written = io::read_llama_config(f / "untied");
+  CHECK(written.model_type == "mistral");
+  CHECK(written.bos_token_id == 1);
+  CHECK(written.max_position_embeddings == 64);
+  CHECK(io::Checkpoint(f / "untied")["lm_head.weight"].dtype() == io::Dtype::F16);
+}
+
+TEST_CASE("nothing is saved over the base, by whatever name it is called") {
+  const lowrank::test::TempDir f;
+  copy_foreign("foreign_bf16", f);
+  const std::string base = f / "base";
+  const auto error = [&](const std::string& path, const std::string& from) -> std::string {
+    try {
+      check_apart("--save", path, from);
+    } catch (const lowrank::ArgumentError& e) {
+      return e.what();
+    }
+    return "";
+  };
+  fs::create_directory_symlink(base, f / "link");
+  for (const std::string& path :
+       {base, base + "/", base + "/lora", base + "/a/b", f / "other/../base", f / "link", f / "link/lora"}) {
+    CAPTURE(path);
+    CHECK(error(path, base).find("--save: expected a place outside") != std::string::npos);
+    CHECK(error(path, f / "link") != "");
+  }
+  CHECK(error(f / "based", base) == "");
+  CHECK(error(f / "out/lora", base) == "");
+  fs::create_directory(f / "out");
+  fs::create_symlink(base + "/config.json", f / "out/config.json");
+  CHECK(error(f / "out", base).find("'config.json' is a link into it") != std::string::npos);
+  const Base loaded = load_checkpoint(base);
+  f.write("shards/model.safetensors", "");
+  CHECK_THROWS_AS(check_layout(f / "shards", loaded.source), lowrank::IoError);
+  CHECK_NOTHROW(check_layout(f / "new", loaded.source));
 }

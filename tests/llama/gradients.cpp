@@ -84,6 +84,24 @@ TEST_CASE("each kind of module alone, adapted and trained in full") {
     }
 }
 
+TEST_CASE("scaled positions: attention's weights alone, where the rotation acts") {
+  auto c = tiny::config();
+  c.head_dim = 8;
+  for (const auto rule : {llama::RopeScaling::Rule::linear, llama::RopeScaling::Rule::llama3}) {
+    c.rope_scaling = {.rule = rule, .factor = 4, .original_max_position_embeddings = 100};
+    const auto w = tiny::weights<double>(c);
+    const auto attention = tiny::recipe<double>([](const std::string& module) {
+      return module.find("self_attn") != std::string::npos ? Choice::full : Choice::frozen;
+    });
+    Model<double> model(c, w, attention);
+    check_gradients(model, tiny::batch());
+    auto plain = c;
+    plain.rope_scaling = {};
+    Model<double> other(plain, w, attention);
+    CHECK(std::abs(other.loss(tiny::batch()) - model.loss(tiny::batch())) > 1e-6);
+  }
+}
+
 TEST_CASE("only an upper layer: the backward pass stops there and its gradients are right") {
   const auto c = tiny::config();
   const auto w = tiny::weights<double>(c);

@@ -48,10 +48,9 @@ Matrix<double> formula(Index rows, Index cols, int number, double amplitude = 0.
   return m;
 }
 
-void compare(const char* fixture_name, bool tied, bool adapted) {
+void compare(const char* fixture_name, const llama::ModelConfig& c, bool adapted) {
   CAPTURE(fixture_name);
   const Fixture fixture(fixture_name);
-  const auto c = tiny::config(tied);
   llama::Weights<double> weights;
   std::map<std::string, int> number;
   llama::for_each_weight(c, [&](const std::string& module, Index rows, Index cols) {
@@ -110,6 +109,34 @@ void compare(const char* fixture_name, bool tied, bool adapted) {
 
 }  // namespace
 
-TEST_CASE("one step of full training as PyTorch does it") { compare("full_step.txt", false, false); }
-TEST_CASE("one step with a tied head") { compare("full_step_tied.txt", true, false); }
-TEST_CASE("one step of adapters on every weight matrix") { compare("lora_step.txt", false, true); }
+TEST_CASE("one step of full training as PyTorch does it") { compare("full_step.txt", tiny::config(false), false); }
+TEST_CASE("one step with a tied head") { compare("full_step_tied.txt", tiny::config(true), false); }
+TEST_CASE("one step of adapters on every weight matrix") { compare("lora_step.txt", tiny::config(false), true); }
+TEST_CASE("one step with the positions of longer windows, linear and as Llama 3.1 has them") {
+  using Rule = llama::RopeScaling::Rule;
+  auto c = tiny::config(false);
+  c.head_dim = 8;
+  c.rope_scaling = {.rule = Rule::linear, .factor = 2.5};
+  compare("full_step_linear.txt", c, false);
+  c.rope_scaling = {.rule = Rule::llama3, .factor = 8, .original_max_position_embeddings = 100};
+  compare("full_step_llama3.txt", c, false);
+}
+
+TEST_CASE("llama3 keeps fast features, divides slow ones, and passes from one to the other without a step") {
+  const llama::RopeScaling s{.rule = llama::RopeScaling::Rule::llama3,
+                             .factor = 32,
+                             .low_freq_factor = 1,
+                             .high_freq_factor = 4,
+                             .original_max_position_embeddings = 8192};
+  const double turn = 2 * std::numbers::pi / 8192;  // the frequency of one turn in the window
+  CHECK(llama::scaled_frequency(1, s) == 1);
+  CHECK(llama::scaled_frequency(turn / 2, s) == turn / 2 / 32);
+  for (const double turns : {1.0, 4.0}) {
+    const double below = llama::scaled_frequency(turn * (turns - 1e-9), s),
+                 above = llama::scaled_frequency(turn * (turns + 1e-9), s);
+    CHECK(above == doctest::Approx(below).epsilon(1e-7));
+  }
+  CHECK(llama::scaled_frequency(turn * 2.5, s) == doctest::Approx(turn * 2.5 * (1 + 1.0 / 32) / 2).epsilon(1e-14));
+  CHECK(llama::scaled_frequency(0.5, {.rule = llama::RopeScaling::Rule::linear, .factor = 4}) == 0.125);
+  CHECK(llama::scaled_frequency(0.5, {}) == 0.5);
+}

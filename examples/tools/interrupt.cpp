@@ -112,10 +112,17 @@ void describe_interruption(const std::string& command, const std::string& files)
 }
 
 void say_interrupted() noexcept {
-  if (on_terminal) write_all("\r\033[K");  // over the progress bar
-  write_all(caught_signal == SIGTERM ? "lowrank: interrupted (SIGTERM)" : "lowrank: interrupted (SIGINT)");
-  write_all(texts[std::size_t(int(current_text))].data());
-  write_all("\n");
+  // One write: the ranks of an MPI run say theirs at the same time.
+  std::array<char, 1200> line{};
+  std::size_t length = 0;
+  const auto add = [&](std::string_view part) {
+    length += part.copy(line.data() + length, std::min(part.size(), line.size() - length));
+  };
+  if (on_terminal) add("\r\033[K");  // over the progress bar
+  add(caught_signal == SIGTERM ? "lowrank: interrupted (SIGTERM)" : "lowrank: interrupted (SIGINT)");
+  add(texts[std::size_t(int(current_text))].data());
+  add("\n");
+  write_all({line.data(), length});
 }
 
 Finishing::Finishing() noexcept { ++sets_in_motion; }

@@ -76,22 +76,22 @@ def handles(pid, which):
 work = tempfile.mkdtemp(prefix="lowrank-interrupts-")
 at = lambda name: os.path.join(work, name)
 try:
-    # Three shards of eight matrices.
+    # Three shards of four matrices.
     os.mkdir(at("base"))
     where = {}
     for shard in range(3):
         name = f"model-{shard + 1:05}-of-00003.safetensors"
-        tensors = {f"model.layers.{8 * shard + i}.mlp.up_proj.weight": (640, 512) for i in range(8)}
+        tensors = {f"model.layers.{4 * shard + i}.mlp.up_proj.weight": (320, 256) for i in range(4)}
         save(at("base/" + name), tensors)
         where.update({t: name for t in tensors})
     with open(at("base/model.safetensors.index.json"), "w") as f:
         json.dump({"metadata": {}, "weight_map": where}, f)
-    init = ["init", "loftq", at("base"), "--rank", "16", "-q"]
+    init = ["init", "loftq", at("base"), "--rank", "8", "-q"]
 
     # An older output, written without disturbance, which tells how long that takes.
     out = at("out")
     began = time.monotonic()
-    done = start(*init, "--iters", "3", "-o", out)
+    done = start(*init, "--iters", "2", "-o", out)
     error = done.communicate()[1]
     took = time.monotonic() - began
     check(done.returncode == 0, f"init: {done.returncode}, {error}")
@@ -114,13 +114,16 @@ try:
         return True
 
     for which, code, name in ((signal.SIGINT, 130, "SIGINT"), (signal.SIGTERM, 143, "SIGTERM")):
-        for share in (0, 0.2, 0.5, 0.8):
-            p = start(*init, "--iters", "4", "-o", out)
+        met = 0
+        for share in (0, 0.4, 0.8, 0, 0, 0):  # on a machine that sleeps in between, the work may be done before the signal comes
+            if share == 0 and met >= 2:
+                continue
+            p = start(*init, "--iters", "3", "-o", out)
             wait_for(p, lambda: partial(out) != [])
             time.sleep(share * took)
             p.send_signal(which)
-            met = stopped(p, code, name, "init", f"init, {name} after {share} of the time")
-            check(met or share > 0, f"init, {name}: it was at work when the signal came")
+            met += stopped(p, code, name, "init", f"init, {name} after {share} of the time")
+        check(met >= 1, f"init, {name}: it was at work when the signal came")
 
     # Merging the adapter of another run over an older result.
     check(start("init", "pissa", at("base"), "--rank", "16", "-q", "-o", at("pissa")).wait() == 0, "init pissa")
@@ -172,19 +175,24 @@ try:
 
     # A scan keeps what it has, says so, and the same command gives what an undisturbed one gives. The older report stays until then.
     lines = lambda path: open(path).read().count("\n") if os.path.exists(path) else 0
+    save(at("scan.safetensors"), {f"model.layers.{i}.mlp.up_proj.weight": (640, 512) for i in range(24)})
     for jobs in ("1", "2"):
-        scan = ["spectrum", at("base"), "-j", jobs, "-q", "--values", "--json"]
+        scan = ["spectrum", at("scan.safetensors"), "-j", jobs, "-q", "--values", "--json"]
         check(start(*scan, at("whole.json")).wait() == 0, "spectrum")
         whole = json.load(open(at("whole.json")))["matrices"]
         check(len(whole) == 24, "24 matrices")
         report, journal = at(f"scan{jobs}.json"), at(f"scan{jobs}.json.journal")
         open(report, "w").write("older")
         for which, code, name in ((signal.SIGINT, 130, "SIGINT"), (signal.SIGTERM, 143, "SIGTERM")):
-            known = lines(journal)
-            p = start(*scan, report)
-            wait_for(p, lambda: lines(journal) >= known + 3)
-            p.send_signal(which)
-            _, error = p.communicate()
+            for _ in range(5):
+                known = lines(journal)
+                p = start(*scan, report)
+                wait_for(p, lambda: lines(journal) >= known + 3)
+                p.send_signal(which)
+                _, error = p.communicate()
+                if p.returncode != 0:  # otherwise it was done before the signal came
+                    break
+                open(report, "w").write("older")
             check(p.returncode == code, f"spectrum -j {jobs}: exit code {p.returncode}, expected {code}: {error}")
             check(f"interrupted ({name}) in spectrum" in error and journal in error, f"spectrum -j {jobs} says what is kept: {error!r}")
             check(open(report).read() == "older" and lines(journal) >= 4, f"spectrum -j {jobs}: the journal is there, the report untouched")
@@ -193,7 +201,7 @@ try:
         check(p.returncode == 0, f"resuming: {p.returncode}, {error}")
         result = json.load(open(report))
         check(result["matrices"] == whole, f"spectrum -j {jobs}: interrupted and resumed, the same matrices")
-        check(result["resumed"] >= 5, f"spectrum -j {jobs}: without computing again what was there: {result['resumed']}")
+        check(result["resumed"] >= 3, f"spectrum -j {jobs}: without computing again what was there: {result['resumed']}")
         check(not os.path.exists(journal), "the journal is gone in the end")
 
     # Over MPI: all ranks end, whether the launcher is told or one of them, and the journals serve.
@@ -201,7 +209,7 @@ try:
         environment = dict(os.environ, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", OMP_NUM_THREADS="1",
                            ASAN_OPTIONS="detect_leaks=0")
         report = at("mpi.json")
-        scan = ["spectrum", at("base"), "-j", "1", "-q", "--values", "--json"]
+        scan = ["spectrum", at("scan.safetensors"), "-j", "1", "-q", "--values", "--json"]
         journals = [f"{report}.{rank}of2.journal" for rank in range(2)]
         launch = ["mpirun", "-np", "2", "--oversubscribe", mpi_tool]
         p = start(*scan, at("mpiwhole.json"), program=launch, env=environment)
@@ -221,17 +229,22 @@ try:
             return found
 
         for all_of_them in (True, False):
-            known = [lines(j) for j in journals]
-            p = start(*scan, report, program=launch, env=environment)
-            wait_for(p, lambda: all(lines(j) >= k + 3 for j, k in zip(journals, known)))
-            if all_of_them:
-                p.send_signal(signal.SIGINT)
-            else:
-                os.kill(ranks_of(p.pid)[0], signal.SIGTERM)
-            _, error = p.communicate(timeout=120)
+            for _ in range(5):
+                known = [lines(j) for j in journals]
+                p = start(*scan, report, program=launch, env=environment)
+                wait_for(p, lambda: all(lines(j) >= k + 2 for j, k in zip(journals, known)))
+                ranks = ranks_of(p.pid)
+                if all_of_them:
+                    p.send_signal(signal.SIGINT)
+                elif ranks:
+                    os.kill(ranks[0], signal.SIGTERM)
+                _, error = p.communicate(timeout=120)
+                if p.returncode != 0:
+                    break
+                os.remove(report)
             check(p.returncode != 0, f"mpirun was interrupted: {error[-500:]}")
             check("interrupted (SIGTERM) in spectrum" in error, f"a rank says so: {error[-500:]}")
-            check(not os.path.exists(report) and all(lines(j) >= 4 for j in journals), "the journals of both ranks are there")
+            check(not os.path.exists(report) and all(lines(j) >= 3 for j in journals), "the journals of both ranks are there")
         p = start(*scan, report, program=launch, env=environment)
         _, error = p.communicate(timeout=300)
         check(p.returncode == 0 and json.load(open(report))["matrices"] == whole, f"resumed over MPI, the same matrices: {error[-500:]}")

@@ -193,15 +193,15 @@ try:
     eight("l.0.comfy.weight", [24, 20], lambda e, i, j: 0, "l.0.comfy.scale_weight", [1], bits=5, per=one)
     eight("l.0.sibling.weight", [24, 20], lambda e, i, j: 0, "l.0.sibling.scale", [1, 1], per=one)
     eight("l.0.micro.weight", [10, 70], lambda e, i, j: i * 3 + j // 32, "l.0.micro.weight_scale", [10, 3], "F8_E8M0", per="1x32 block")
-    eight("l.0.each", [3, 10, 12], lambda e, i, j: e, "l.0.each_scale", [3, 1, 1], per=one)
-    eight("l.0.stack", [3, 10, 12], lambda e, i, j: e * 10 + i, "l.0.stack_scale", [3, 10, 1], per=row)
-    eight("l.0.grids", [2, 130, 12], lambda e, i, j: e * 2 + i // 128, "l.0.grids_scale_inv", [2, 2, 1], per=block)
+    eight("l.0.experts.each", [3, 10, 12], lambda e, i, j: e, "l.0.experts.each_scale", [3, 1, 1], per=one)
+    eight("l.0.experts.stack", [3, 10, 12], lambda e, i, j: e * 10 + i, "l.0.experts.stack_scale", [3, 10, 1], per=row)
+    eight("l.0.experts.grids", [2, 130, 12], lambda e, i, j: e * 2 + i // 128, "l.0.experts.grids_scale_inv", [2, 2, 1], per=block)
     eight("l.0.bare.weight", [24, 20], None, None, [])
     scaled["l.0.rows.input_scale"] = ("F32", [1], [0.5])
     save(at("scaled.safetensors"), scaled)
     # Named as tensors of their own: a slice has no name in a file, so the stacks come back as they were.
     plain = {k: v for k, v in stands_for.items() if "[" not in k}
-    for name in ("l.0.each", "l.0.stack", "l.0.grids"):
+    for name in ("l.0.experts.each", "l.0.experts.stack", "l.0.experts.grids"):
         slices = [v for k, v in stands_for.items() if k.startswith(name + "[")]
         plain[name] = ("F32", [len(slices), *slices[0][1]], [x for s in slices for x in s[2]])
     save(at("unscaled.safetensors"), plain)
@@ -233,14 +233,14 @@ try:
     wrong["l.0.flat.weight_scale"] = ("I64", [24], range(24))
     wrong["l.0.one.weight_scale"] = ("F32", [], [math.inf])
     wrong["l.0.comfy.weight_scale"] = ("F32", [], [1.0])
-    wrong["l.0.stack_scale"] = ("F32", [10, 1], noise(10, 1))
+    wrong["l.0.experts.stack_scale"] = ("F32", [10, 1], noise(10, 1))
     save(at("wrong.safetensors"), wrong)
     run("spectrum", at("wrong.safetensors"), "--json", at("wrong.json"), code=1)
     j = json.load(open(at("wrong.json")))
     reasons = {x["name"]: x["reason"] for x in j["failed"]}
     for name, words in (("l.0.rows.weight", ["weight_scale", "[3, 5]", "[24, 1]", "[1, 1]"]), ("l.0.flat.weight", ["weight_scale", "I64", "F32"]),
                         ("l.0.one.weight", ["weight_scale", "inf"]), ("l.0.comfy.weight", ["weight_scale", "scale_weight"]),
-                        ("l.0.stack[2]", ["l.0.stack_scale", "[10, 1]", "[3, 10, 1]"])):
+                        ("l.0.experts.stack[2]", ["l.0.experts.stack_scale", "[10, 1]", "[3, 10, 1]"])):
         check(all(word in reasons.get(name, "") for word in words), f"{name}: {reasons.get(name)}")
     check(len(reasons) == 7 and len(j["matrices"]) == len(stands_for) - 7, f"what does not fit, and nothing else: {sorted(reasons)}")
     # Commands that would need the scales and do not know them refuse the type.

@@ -160,8 +160,8 @@ void add_heat_map(const Json& report, const Heat& heat, const fs::path& dir, std
   const std::string what = heat.caption();
   plots.push_back(
       {"heat", what + " by layer and module",
-       "unset key\nunset grid\nset ylabel 'layer'\nset cblabel " + gp(what) + "\nset xtics rotate by -35 (" + tics +
-           ")\nset xrange [-0.5:" + std::to_string(next) + "-0.5]\nset yrange [-0.5:" + std::to_string(layers) +
+       "unset key\nunset grid\nset ylabel 'layer'\nset cblabel " + gp(heat.label()) + "\nset xtics rotate by -35 (" +
+           tics + ")\nset xrange [-0.5:" + std::to_string(next) + "-0.5]\nset yrange [-0.5:" + std::to_string(layers) +
            "-0.5]\nset cbrange [" + number_text(low) + ":" + number_text(high) +
            "]\nset style fill solid 1 noborder\nplot 'heat.dat' using 1:2:(0.5):(0.5):3 with boxxyerror lc palette\n",
        860, std::clamp(180 + 16 * layers, 320, 900)});
@@ -189,7 +189,8 @@ bool write_curve(const Json& matrix, const fs::path& file) {
 std::vector<const Json*> few_of(const Json& report, const Heat& heat, std::size_t most) {
   std::vector<const Json*> list;
   for (const Json& j : report.at("matrices"))
-    if (j.contains("curve") && j.at("curve").size() > 1) list.push_back(&j);
+    if (j.contains("curve") && j.at("curve").size() > 1 && j.at("curve").at(0).at(1).get<double>() > 0)
+      list.push_back(&j);
   std::stable_sort(list.begin(), list.end(), [&](const Json* a, const Json* b) { return heat(*a) < heat(*b); });
   if (list.size() > most)
     list.erase(list.begin() + std::ptrdiff_t(most / 2), list.end() - std::ptrdiff_t(most - most / 2));
@@ -268,9 +269,9 @@ void add_sides(const Json& report, const Heat& heat, const fs::path& dir, std::v
   const int rows = (n + 1) / 2;
   plots.push_back({"sides", "Spectra of the weight W, of the tuned weight W + ΔW and of the update ΔW, side by side",
                    "set multiplot layout " + std::to_string(rows) + "," + (n > 1 ? "2" : "1") +
-                       "\nset logscale xy\nset format y '10^{%L}'\nset key bottom left samplen 2\n" + body +
-                       "unset multiplot\n",
-                   860, 60 + 330 * rows, true});
+                       "\nset logscale xy\nset format y '10^{%L}'\nset key outside below horizontal samplen 2\n" +
+                       body + "unset multiplot\n",
+                   860, 60 + 350 * rows, true});
 }
 
 /// Medians over several reports, in the order given.
@@ -294,7 +295,7 @@ void add_growth(const std::vector<Json>& reports, const Heat& heat, const fs::pa
   if (n < 2) return;
   plots.push_back({"growth",
                    heat.caption() + " over the reports: median, and the band from 10 % to 90 % of the matrices",
-                   "set xtics rotate by -25 (" + tics + ")\nset ylabel " + gp(heat.caption()) +
+                   "set xtics rotate by -25 (" + tics + ")\nset ylabel " + gp(heat.label()) +
                        "\nset key off\nset offsets graph 0.04, graph 0.04\nset style fill transparent solid 0.25\nplot "
                        "'growth.dat' using 1:3:4 with filledcurves lc "
                        "rgb '#0072b2', '' using "

@@ -67,6 +67,12 @@ class Heat {
     if (command_ == "compare") return "similarity of the leading left subspaces";
     return std::string(metric_[0] == 'e' ? "effective" : "stable") + " rank relative to noise of the same shape";
   }
+  /// The same for an axis.
+  [[nodiscard]] std::string label() const {
+    if (command_ == "intruders") return caption();
+    if (command_ == "compare") return "similarity φ";
+    return std::string(metric_[0] == 'e' ? "effective" : "stable") + " rank / that of noise";
+  }
   /// Whether the largest numbers are the ones to look at.
   [[nodiscard]] bool high_first() const { return command_ != "compare"; }
 

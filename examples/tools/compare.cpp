@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // lowrank compare: how the leading subspaces of two checkpoints, two adapters or two updates lie to each other.
 #include <lowrank/linalg/factor_svd.hpp>
-#include <lowrank/linalg/truncated_svd.hpp>
 #include <lowrank/spectrum/alignment.hpp>
 #include <lowrank/spectrum/subspace.hpp>
 
 #include <cstdio>
-#include <filesystem>
+#include <limits>
+#include <optional>
 
+#include "spectrum_leading.hpp"
 #include "spectrum_scan.hpp"
 
 namespace lowrank::tool::compare_command {
@@ -19,39 +20,20 @@ struct Options {
   Index k = 8;
 };
 
-bool is_adapter(const std::string& path) {
-  std::error_code ignored;
-  return std::filesystem::exists(std::filesystem::path(path) / "adapter_config.json", ignored);
-}
-
-Svd<float> leading(MatrixView<const float> W, Index k) {
-  auto t = truncated_svd<float>(dense_operator<float, float>(W), std::min({k, W.rows(), W.cols()}),
-                                {.energy_tolerance = 0, .residual_tolerance = 1e-5});
-  return std::move(static_cast<Svd<float>&>(t));
-}
-
-/// Columns beyond the range of a rank-deficient update are no directions of it.
-void trim(Svd<float>& s, Index k) {
-  Index keep = 0;
-  while (keep < std::min(k, Index(s.S.size())) && s.S[std::size_t(keep)] > 1e-6F * s.S[0]) ++keep;
-  s.S.resize(std::size_t(keep));
-  s.U = Matrix<float>(s.U.view().middle_cols(0, keep));
-  s.V = Matrix<float>(s.V.view().middle_cols(0, keep));
-}
-
-/// `difference`: ‖A − B‖_F / ‖A‖_F.
-Json entry(const std::string& name, Svd<float> a, Svd<float> b, double difference, Index k) {
+/// `difference`: ‖A − B‖_F / ‖A‖_F. `error`: the largest residual of the triplets, relative to their σ₁.
+template <class T>
+Json entry(const std::string& name, Svd<T> a, Svd<T> b, double difference, double error, Index k) {
   const Index m = a.U.rows(), n = a.V.rows();
-  trim(a, k);
-  trim(b, k);
-  Json j = {{"name", name}, {"rows", m}, {"cols", n}, {"relative_difference", finite(difference)}};
+  a = trimmed(std::move(a), k);
+  b = trimmed(std::move(b), k);
+  Json j = {{"name", name}, {"rows", m}, {"cols", n}, {"relative_difference", finite(difference)}, {"error", error}};
   if (a.S.empty() || b.S.empty()) {
     j["note"] = "one of the two is zero";
     return j;
   }
-  const auto side = [&](const Matrix<float>& U, const Matrix<float>& V) {
-    const auto phi = subspace_similarity<float>(U.view(), V.view());
-    const auto angles = principal_angles<float>(U.view(), V.view());
+  const auto side = [&](const Matrix<T>& U, const Matrix<T>& V) {
+    const auto phi = subspace_similarity<T>(U.view(), V.view());
+    const auto angles = principal_angles<T>(U.view(), V.view());
     Json grid = Json::array();
     for (Index i = 0; i < phi.rows(); ++i) {
       Json row = Json::array();
@@ -76,16 +58,42 @@ Json adapters_entry(const io::AdapterModule& a, const io::AdapterModule& b, Inde
   const LoraFactors<float> terms[] = {a.factors, minus};
   const double norm = frobenius_norm(a.factors);
   const double difference = frobenius_norm(std::span<const LoraFactors<float>>(terms)) / norm;
-  return entry(a.name, svd(a.factors), svd(b.factors), difference, k);
+  return entry(a.name, svd(a.factors), svd(b.factors), difference, double(std::numeric_limits<float>::epsilon()), k);
+}
+
+template <class T>
+Json checkpoints_entry(const MatrixPair& pair, const MatrixTensor* base, Index k) {
+  Matrix<T> A = values_of<T>(*pair.first), B = values_of<T>(*pair.second), W;
+  if (base != nullptr) W = values_of<T>(*base);
+  // Straight from the values as they are stored, before either difference to the base is rounded.
+  double norm = 0, difference = 0;
+  for (Index i = 0; i < A.size(); ++i) {
+    const double a = double(A.data()[i]), b = double(B.data()[i]), w = base != nullptr ? double(W.data()[i]) : 0;
+    norm += (a - w) * (a - w);
+    difference += (a - b) * (a - b);
+    if (base != nullptr) {
+      A.data()[i] = T(a - w);
+      B.data()[i] = T(b - w);
+    }
+  }
+  auto a = leading<T>(A.view(), k), b = leading<T>(B.view(), k);
+  double error = 0;
+  for (const auto* t : {&a, &b})
+    for (const double r : t->residuals)
+      if (t->S[0] > 0) error = std::max(error, r / double(t->S[0]));
+  const bool converged = a.converged && b.converged;
+  Json j = entry<T>(pair.first->name, std::move(static_cast<Svd<T>&>(a)), std::move(static_cast<Svd<T>&>(b)),
+                    std::sqrt(difference / norm), error, k);
+  j["converged"] = converged;
+  say_storage(j, {{"a_scale", pair.first}, {"b_scale", pair.second}, {"base_scale", base}});
+  return j;
 }
 
 void run(const Options& o) {
+  o.scan.check();
   std::vector<ScanJob> jobs;
   std::vector<Skipped> skipped;
-  const auto shapes = [](Index m, Index n, Index p, Index q) {
-    return lowrank::detail::text("is ", lowrank::detail::shape_text(m, n), " in A and ",
-                                 lowrank::detail::shape_text(p, q), " in B");
-  };
+  std::vector<std::string> names;
   std::optional<io::PeftAdapter> adapter_a, adapter_b;
   std::optional<io::Checkpoint> a, b, base;
   std::vector<MatrixTensor> list_a, list_b, list_base;
@@ -94,68 +102,32 @@ void run(const Options& o) {
     if (!o.base.empty()) throw UsageError("compare: adapters are updates already, --base is for checkpoints");
     adapter_a.emplace(io::read_peft(o.a));
     adapter_b.emplace(io::read_peft(o.b));
-    for (const auto& x : adapter_a->modules) {
-      if (!selected(x.name, o.filter)) continue;
-      const auto* y = adapter_b->find(x.name);
-      const auto& f = x.factors;
-      if (y == nullptr)
-        skipped.push_back({x.name, "is only in A", true});
-      else if (y->factors.out_features() != f.out_features() || y->factors.in_features() != f.in_features())
-        skipped.push_back(
-            {x.name, shapes(f.out_features(), f.in_features(), y->factors.out_features(), y->factors.in_features()),
-             true});
-      else
-        jobs.push_back(
-            {x.name, 1, double(f.A.size() + f.B.size()), [&x, y, &o] { return adapters_entry(x, *y, o.k); }});
-    }
-    for (const auto& y : adapter_b->modules)
-      if (selected(y.name, o.filter) && adapter_a->find(y.name) == nullptr)
-        skipped.push_back({y.name, "is only in B", true});
+    names = names_of(adapter_a->modules);
+    for (const auto& [x, y] : pairs_of(*adapter_a, *adapter_b, "B", o.filter, skipped))
+      jobs.push_back({x->name, 1, double(x->factors.A.size() + x->factors.B.size()),
+                      [x = x, y = y, &o] { return adapters_entry(*x, *y, o.k); }});
   } else {
     a.emplace(o.a);
     b.emplace(o.b);
-    std::vector<Skipped> ignored;
+    std::vector<Skipped> same_again;  // what several hold is skipped once
     list_a = matrices_of(*a, skipped);
-    list_b = matrices_of(*b, ignored);
+    list_b = matrices_of(*b, same_again);
     if (!o.base.empty()) {
       base.emplace(o.base);
-      list_base = matrices_of(*base, ignored);
+      list_base = matrices_of(*base, same_again);
     }
-    for (const auto& x : list_a) {
-      if (!selected(x.name, o.filter)) continue;
-      const MatrixTensor* y = find_matrix(list_b, x.name);
-      const MatrixTensor* w = o.base.empty() ? nullptr : find_matrix(list_base, x.name);
-      if (y == nullptr || (!o.base.empty() && w == nullptr)) {
-        skipped.push_back({x.name, y == nullptr ? "is only in A" : "is not in the base", true});
-        continue;
-      }
-      if (x.rows != y->rows || x.cols != y->cols || (w != nullptr && (w->rows != x.rows || w->cols != x.cols))) {
-        skipped.push_back({x.name, shapes(x.rows, x.cols, y->rows, y->cols), true});
-        continue;
-      }
-      jobs.push_back({x.name, x.bytes() + y->bytes(), double(x.rows) * double(x.cols), [&x, y, w, &o] {
-                        Matrix<float> A = values_of<float>(x), B = values_of<float>(*y);
-                        if (w != nullptr) {
-                          const Matrix<float> W = values_of<float>(*w);
-                          for (Index i = 0; i < A.size(); ++i) A.data()[i] -= W.data()[i], B.data()[i] -= W.data()[i];
-                        }
-                        double norm = 0, difference = 0;
-                        for (Index i = 0; i < A.size(); ++i) {
-                          norm += double(A.data()[i]) * double(A.data()[i]);
-                          difference += std::pow(double(A.data()[i]) - double(B.data()[i]), 2);
-                        }
-                        Json j = entry(x.name, leading(A.view(), o.k), leading(B.view(), o.k),
-                                       std::sqrt(difference / norm), o.k);
-                        say_storage(j, {{"a_scale", &x}, {"b_scale", y}, {"base_scale", w}});
-                        return j;
+    names = names_of(list_a);
+    for (const MatrixPair& p : pairs_of(list_a, list_b, "B", o.filter, skipped)) {
+      const MatrixTensor* w = base ? partner_of(*p.first, list_base, "the base", skipped) : nullptr;
+      if (base && w == nullptr) continue;
+      jobs.push_back({p.first->name, p.bytes(), double(p.first->rows) * double(p.first->cols), [p, w, &o] {
+                        return with_precision(p.is_double() || (w != nullptr && w->is_double()),
+                                              [&]<class T>(T) { return checkpoints_entry<T>(p, w, o.k); });
                       }});
     }
-    for (const auto& y : list_b)
-      if (selected(y.name, o.filter) && find_matrix(list_a, y.name) == nullptr)
-        skipped.push_back({y.name, "is only in B", true});
   }
+  expect_something(o.a, o.filter, jobs.size(), names, skipped);
   note_quantised(o.scan.common, {&list_a, &list_b, &list_base});
-  if (jobs.empty() && skipped.empty()) throw IoError(o.a, "holds no matrices");
   auto result = run_scan(o.scan, "compare", fingerprint({o.a, o.b, o.base}, "compare k " + std::to_string(o.k)), jobs);
   result.skipped.insert(result.skipped.end(), skipped.begin(), skipped.end());
   std::string table = "difference  φ left  noise  φ right  noise  matrix\n";

@@ -3,6 +3,7 @@
 #include <lowrank/spectrum/intruders.hpp>
 
 #include <cstdio>
+#include <optional>
 
 #include "spectrum_scan.hpp"
 
@@ -36,7 +37,29 @@ Json entry(const std::string& name, Index rows, Index cols, const IntruderReport
 
 double cost(Index m, Index n) { return double(m) * double(n); }
 
+/// The tuned weight is a checkpoint's.
+template <class T>
+Json pair_entry(const MatrixPair& p, const IntruderOptions& o) {
+  const Matrix<T> W = values_of<T>(*p.first), W1 = values_of<T>(*p.second);
+  Json j = entry(p.first->name, p.first->rows, p.first->cols, find_intruders(W, W1, o));
+  say_storage(j, {{"base_scale", p.first}, {"tuned_scale", p.second}});
+  return j;
+}
+
+/// The tuned weight is W + s·B·A.
+template <class T>
+Json pair_entry(const ModulePair& p, const IntruderOptions& o) {
+  const Matrix<T> W = values_of<T>(*p.weight);
+  const MatrixView<const T> v = W.view();
+  const auto& f = p.module->factors;
+  Json j = entry(p.module->name, f.out_features(), f.in_features(),
+                 find_intruders(p.transposed ? v.transposed() : v, factors_as<T>(f), o));
+  say_storage(j, {{"base_scale", p.weight}});
+  return j;
+}
+
 void run(const Options& o) {
+  o.scan.check();
   const io::Checkpoint base(o.base);
   std::vector<Skipped> skipped;
   const auto list = matrices_of(base, skipped);
@@ -44,61 +67,32 @@ void run(const Options& o) {
   std::optional<io::Checkpoint> tuned;
   std::optional<io::PeftAdapter> adapter;
   std::vector<MatrixTensor> tuned_list;
-  std::error_code ignored;
-  if (std::filesystem::exists(std::filesystem::path(o.tuned) / "adapter_config.json", ignored)) {
+  std::vector<std::string> names;
+  if (is_adapter(o.tuned)) {
     adapter.emplace(io::read_peft(o.tuned));
-    for (const auto& module : adapter->modules) {
-      if (!selected(module.name, o.filter)) continue;
-      const MatrixTensor* w = find_matrix(list, module.name + ".weight");
-      const Index m = module.factors.out_features(), n = module.factors.in_features();
-      const bool transposed = module.kind == ModuleKind::embedding || adapter->config.fan_in_fan_out;
-      if (w == nullptr || module.kind == ModuleKind::conv ||
-          (transposed ? w->rows != n || w->cols != m : w->rows != m || w->cols != n)) {
-        skipped.push_back({module.name, "the adapter's module does not fit a matrix of the base", true});
+    names = names_of(adapter->modules);
+    for (const ModulePair& p : pairs_of(*adapter, list, o.filter, skipped)) {
+      if (!p.module->magnitude.empty()) {
+        skipped.push_back({p.module->name, "uses DoRA; merge it first and compare the checkpoints", true});
         continue;
       }
-      if (!module.magnitude.empty()) {
-        skipped.push_back({module.name, "uses DoRA; merge it first and compare the checkpoints", true});
-        continue;
-      }
-      jobs.push_back({module.name, w->bytes(), cost(m, n), [&o, &module, w, transposed] {
-                        const Matrix<float> W = values_of<float>(*w);
-                        const MatrixView<const float> v = W.view();
-                        Json j = entry(module.name, module.factors.out_features(), module.factors.in_features(),
-                                       find_intruders(transposed ? v.transposed() : v, module.factors, o.intruders));
-                        say_storage(j, {{"base_scale", w}});
-                        return j;
+      jobs.push_back({p.module->name, p.weight->bytes(), cost(p.weight->rows, p.weight->cols), [&o, p] {
+                        return with_precision(p.weight->is_double(),
+                                              [&]<class T>(T) { return pair_entry<T>(p, o.intruders); });
                       }});
     }
   } else {
     tuned.emplace(o.tuned);
     std::vector<Skipped> same_again;  // what both hold is skipped once
     tuned_list = matrices_of(*tuned, same_again);
-    for (const auto& t : tuned_list) {
-      if (!selected(t.name, o.filter)) continue;
-      const MatrixTensor* b = find_matrix(list, t.name);
-      if (b == nullptr || b->rows != t.rows || b->cols != t.cols) {
-        skipped.push_back({t.name,
-                           b == nullptr
-                               ? "is not in the base"
-                               : lowrank::detail::text("is ", lowrank::detail::shape_text(t.rows, t.cols), " here and ",
-                                                       lowrank::detail::shape_text(b->rows, b->cols), " in the base"),
-                           true});
-        continue;
-      }
-      jobs.push_back({t.name, t.bytes() + b->bytes(), cost(t.rows, t.cols), [&o, &t, b] {
-                        const Matrix<float> W = values_of<float>(*b), W1 = values_of<float>(t);
-                        Json j = entry(t.name, t.rows, t.cols, find_intruders(W, W1, o.intruders));
-                        say_storage(j, {{"base_scale", b}, {"tuned_scale", &t}});
-                        return j;
+    names = names_of(list);
+    for (const MatrixPair& p : pairs_of(list, tuned_list, "the tuned checkpoint", o.filter, skipped))
+      jobs.push_back({p.first->name, p.bytes(), cost(p.first->rows, p.first->cols), [&o, p] {
+                        return with_precision(p.is_double(), [&]<class T>(T) { return pair_entry<T>(p, o.intruders); });
                       }});
-    }
-    for (const auto& b : list)
-      if (selected(b.name, o.filter) && find_matrix(tuned_list, b.name) == nullptr)
-        skipped.push_back({b.name, "is only in the base", true});
   }
+  expect_something(o.tuned, o.filter, jobs.size(), names, skipped);
   note_quantised(o.scan.common, {&list, &tuned_list});
-  if (jobs.empty() && skipped.empty()) throw IoError(o.base, "holds no matrices");
   const std::string settings = lowrank::detail::text("intruders k ", o.intruders.k, " epsilon ", o.intruders.epsilon);
   auto result = run_scan(o.scan, "intruders", fingerprint({o.base, o.tuned}, settings), jobs);
   result.skipped.insert(result.skipped.end(), skipped.begin(), skipped.end());

@@ -36,7 +36,7 @@ template <class T>
 LoraFactors<T> stored_factors(const io::AdapterModule& m, bool fan_in_fan_out) {
   LoraFactors<T> f;
   f.scale = T(m.factors.scale);
-  if (fan_in_fan_out != (m.kind == ModuleKind::embedding)) {
+  if (m.kind == ModuleKind::embedding || (fan_in_fan_out && m.kind == ModuleKind::linear)) {
     f.A = Matrix<T>(m.factors.B.view().transposed());
     f.B = Matrix<T>(m.factors.A.view().transposed());
   } else {

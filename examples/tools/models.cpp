@@ -107,7 +107,7 @@ std::vector<std::size_t> match_adapter(const std::string& path, const io::PeftAd
     }
     const ModuleInfo& info = modules.infos[*at];
     Index out = m.factors.out_features(), in = m.factors.in_features();
-    if (adapter.config.fan_in_fan_out != (m.kind == ModuleKind::embedding)) std::swap(out, in);  // stored transposed
+    if (module_is_transposed(adapter.config, m.kind)) std::swap(out, in);
     if (m.kind != ModuleKind::conv && (info.rows != out || info.cols != in)) {
       lost.push_back(m.name + " (weight is " + lowrank::detail::shape_text(info.rows, info.cols) + ", adapter " +
                      lowrank::detail::shape_text(out, in) + ")");

@@ -80,6 +80,13 @@ io::Dtype factor_dtype(const std::string& name);
 /// Rounds the factors to the type they will be stored in.
 void round_factors(LoraFactors<float>& f, io::Dtype dtype);
 
+/// Whether a module's weight is stored as the transpose of its update B·A: an embedding's table (vocabulary×dim)
+/// always, a linear layer's where the configuration says so (GPT-2's Conv1D), as PEFT has it; the flag says nothing of
+/// other kinds.
+inline bool module_is_transposed(const io::PeftConfig& config, ModuleKind kind) {
+  return kind == ModuleKind::embedding || (config.fan_in_fan_out && kind == ModuleKind::linear);
+}
+
 /// For every module of the adapter, the index of the weight it belongs to. Throws IoError listing modules without a
 /// weight of the right shape; `summary` receives "N of M modules of the adapter applied".
 std::vector<std::size_t> match_adapter(const std::string& path, const io::PeftAdapter& adapter, const Modules& modules,

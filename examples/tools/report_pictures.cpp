@@ -97,6 +97,7 @@ constexpr const char* colours[] = {"#0072b2", "#d55e00", "#009e73", "#cc79a7",
 struct Plot {
   std::string name, caption, body;
   int width = 860, height = 460;
+  bool enhanced = false;  ///< only where we format an exponent ourselves: names hold underscores
 };
 
 std::string in_ink(std::string svg, const std::string& colour) {
@@ -129,13 +130,13 @@ std::string inline_svg(const std::string& file, const std::string& name, const s
 }
 
 /// Layer × module, coloured by the number that matters for the command.
-void add_heat_map(const Json& report, const fs::path& dir, std::vector<Plot>& plots) {
+void add_heat_map(const Json& report, const Heat& heat, const fs::path& dir, std::vector<Plot>& plots) {
   std::map<std::string, int> columns;
   std::vector<std::tuple<int, std::string, double>> cells;
   int layers = 0;
-  for (const Json& j : report["matrices"]) {
-    const LayerName at = layer_name(j["name"].get<std::string>());
-    const double value = heat_value(report, j);
+  for (const Json& j : report.at("matrices")) {
+    const LayerName at = layer_name(j.at("name").get<std::string>());
+    const double value = heat(j);
     if (at.layer < 0 || !std::isfinite(value)) continue;
     columns.emplace(at.module, 0);
     layers = std::max(layers, at.layer + 1);
@@ -156,81 +157,133 @@ void add_heat_map(const Json& report, const fs::path& dir, std::vector<Plot>& pl
     high = std::max(high, value);
   }
   if (!(high > low)) high = low + std::max(1e-9, std::abs(low) * 1e-3);
-  const std::string what = heat_caption(report);
+  const std::string what = heat.caption();
   plots.push_back(
       {"heat", what + " by layer and module",
-       "unset key\nunset grid\nset ylabel 'layer'\nset cblabel " + gp(what) + "\nset xtics rotate by -35 (" + tics +
-           ")\nset xrange [-0.5:" + std::to_string(next) + "-0.5]\nset yrange [-0.5:" + std::to_string(layers) +
+       "unset key\nunset grid\nset ylabel 'layer'\nset cblabel " + gp(heat.label()) + "\nset xtics rotate by -35 (" +
+           tics + ")\nset xrange [-0.5:" + std::to_string(next) + "-0.5]\nset yrange [-0.5:" + std::to_string(layers) +
            "-0.5]\nset cbrange [" + number_text(low) + ":" + number_text(high) +
            "]\nset style fill solid 1 noborder\nplot 'heat.dat' using 1:2:(0.5):(0.5):3 with boxxyerror lc palette\n",
        860, std::clamp(180 + 16 * layers, 320, 900)});
 }
 
-/// A few spectra on log axes with the edges of noise and rounding: the ones farthest from noise, and the closest.
-void add_spectra(const Json& report, const fs::path& dir, std::vector<Plot>& plots) {
-  std::vector<const Json*> list;
-  for (const Json& j : report["matrices"])
-    if (j.contains("curve") && j["curve"].size() > 1) list.push_back(&j);
-  if (list.empty()) return;
-  std::stable_sort(list.begin(), list.end(),
-                   [&](const Json* a, const Json* b) { return heat_value(report, *a) < heat_value(report, *b); });
-  if (list.size() > 6) {
-    std::vector<const Json*> few(list.begin(), list.begin() + 3);
-    few.insert(few.end(), list.end() - 3, list.end());
-    list = few;
+/// A curve as a file for gnuplot; false when there is nothing to draw.
+bool write_curve(const Json& matrix, const fs::path& file) {
+  const auto curve = matrix.find("curve");
+  if (curve == matrix.end()) return false;
+  std::ofstream out(file);
+  bool any = false;
+  double largest = 0;
+  for (const Json& p : *curve) {
+    // What is below float's precision of the largest value is rounding, and would stretch the axis by decades.
+    const double value = p.at(1).get<double>();
+    largest = std::max(largest, value);
+    if (!(value > largest * 1e-7)) continue;
+    out << p.at(0).get<double>() << ' ' << number_text(value) << '\n';
+    any = true;
   }
-  std::string plot, edges;
-  int n = 0;
-  bool any_noise = false, any_rounding = false;
-  for (const Json* j : list) {
-    const std::string file = "curve" + std::to_string(n) + ".dat";
-    std::ofstream out(dir / file);
+  return any;
+}
+
+/// The matrices whose spectra are shown: half of them nearest to noise, half farthest from it.
+std::vector<const Json*> few_of(const Json& report, const Heat& heat, std::size_t most) {
+  std::vector<const Json*> list;
+  for (const Json& j : report.at("matrices"))
+    if (j.contains("curve") && j.at("curve").size() > 1 && j.at("curve").at(0).at(1).get<double>() > 0)
+      list.push_back(&j);
+  std::stable_sort(list.begin(), list.end(), [&](const Json* a, const Json* b) { return heat(*a) < heat(*b); });
+  if (list.size() > most)
+    list.erase(list.begin() + std::ptrdiff_t(most / 2), list.end() - std::ptrdiff_t(most - most / 2));
+  return list;
+}
+
+/// A few spectra on log axes with the edges of noise and rounding: the ones farthest from noise, and the closest.
+void add_spectra(const Json& report, const Heat& heat, const fs::path& dir, std::vector<Plot>& plots) {
+  // Dash types of the horizontal lines, and what they mean.
+  struct Edge {
+    int dash;
+    const char *title, *caption;
     bool any = false;
-    double largest = 0;
-    for (const Json& p : (*j)["curve"]) {
-      // What is below float's precision of the largest value is rounding, and would stretch the axis by decades.
-      const double value = p[1].get<double>();
-      largest = std::max(largest, value);
-      if (!(value > largest * 1e-7)) continue;
-      out << p[0].get<double>() << ' ' << number_text(value) << '\n';
-      any = true;
-    }
-    if (!any) continue;
+  };
+  Edge noise{2, "where the bulk of noise ends", "dashed, where the noise estimated from its median value ends"},
+      norm{4, "where noise of the same norm ends", "dash-dotted, where noise of the same shape and norm would end"},
+      rounding{3, "where 16-bit rounding ends", "dotted, where the rounding of its storage ends"};
+  std::string plot, lines;
+  int n = 0;
+  for (const Json* j : few_of(report, heat, 6)) {
+    const std::string file = "curve" + std::to_string(n) + ".dat";
+    if (!write_curve(*j, dir / file)) continue;
     const std::string line = " lw 2 lc rgb '" + std::string(colours[n % 8]) + "'";
     plot += (plot.empty() ? "plot " : ", ") + gp(file) + " using 1:2 with lines" + line + " title " +
-            gp((*j)["name"].get<std::string>());
-    const double noise = number_at(*j, "noise_level", "edge"), rounding = number_at(*j, "rounding", "edge");
-    if (noise > 0) edges += ", " + number_text(noise) + " with lines dt 2" + line + " notitle";
-    if (rounding > 0) edges += ", " + number_text(rounding) + " with lines dt 3" + line + " notitle";
-    any_noise = any_noise || noise > 0;
-    any_rounding = any_rounding || rounding > 0;
+            gp(j->at("name").get<std::string>());
+    const auto draw = [&](Edge& e, double at) {
+      if (!(at > 0)) return;
+      lines += ", " + number_text(at) + " with lines dt " + std::to_string(e.dash) + line + " notitle";
+      e.any = true;
+    };
+    const double bulk = number_at(*j, "noise_level", "edge");
+    if (bulk > 0)
+      draw(noise, bulk);
+    else
+      draw(norm, number_at(*j, "noise", "spectral_norm"));
+    draw(rounding, number_at(*j, "rounding", "edge"));
     ++n;
   }
   if (plot.empty()) return;
-  if (any_noise) edges += ", NaN with lines dt 2 lw 2 lc rgb '#010203' title \"where the bulk of noise ends\"";
-  if (any_rounding) edges += ", NaN with lines dt 3 lw 2 lc rgb '#010203' title \"where 16-bit rounding ends\"";
-  plots.push_back({"spectra",
-                   std::string("Singular values of the matrices nearest to and farthest from noise") +
-                       (any_noise || any_rounding ? "; horizontal lines in the colour of a matrix: " : "") +
-                       (any_noise ? "dashed, where the noise estimated from its median value ends" : "") +
-                       (any_noise && any_rounding ? "; " : "") +
-                       (any_rounding ? "dotted, where the rounding of its storage ends" : ""),
+  std::string caption;
+  for (const Edge* e : {&noise, &norm, &rounding}) {
+    if (!e->any) continue;
+    lines += ", NaN with lines dt " + std::to_string(e->dash) + " lw 2 lc rgb '#010203' title " + gp(e->title);
+    caption += (caption.empty() ? "; horizontal lines in the colour of a matrix: " : "; ") + std::string(e->caption);
+  }
+  plots.push_back({"spectra", "Singular values of the matrices nearest to and farthest from noise" + caption,
                    "set logscale xy\nset format y '10^{%L}'\nset xlabel 'index' offset 0,0.4\nset ylabel 'singular "
-                   "value'\nset key outside below maxcols 2 samplen 3\n" +
-                       plot + edges + "\n",
-                   860, 560});
+                   "value'\nset key outside below maxcols 2 samplen 3 noenhanced\n" +
+                       plot + lines + "\n",
+                   860, 560, true});
+}
+
+/// The spectra of W, W + ΔW and ΔW of a few matrices, a panel each.
+void add_sides(const Json& report, const Heat& heat, const fs::path& dir, std::vector<Plot>& plots) {
+  std::string body;
+  int n = 0;
+  for (const Json* j : few_of(report, heat, 4)) {
+    if (!j->contains("base") || !j->contains("tuned") || !j->at("base").is_object() || !j->at("tuned").is_object())
+      continue;
+    const Json* curves[] = {&j->at("base"), &j->at("tuned"), j};
+    const char* titles[] = {"W", "W + ΔW", "ΔW"};
+    std::string plot;
+    for (int c = 0; c < 3; ++c) {
+      const std::string file = "side" + std::to_string(n) + "-" + std::to_string(c) + ".dat";
+      if (!write_curve(*curves[c], dir / file)) continue;
+      plot += (plot.empty() ? "plot " : ", ") + gp(file) + " using 1:2 with lines lw 2 lc rgb '" + colours[c] +
+              (c == 1 ? "' dt 2" : "'") + " title " + gp(titles[c]);
+    }
+    if (plot.empty()) continue;
+    if (const double edge = number_at(*j, "rounding", "edge"); edge > 0)
+      plot += ", " + number_text(edge) + " with lines dt 3 lw 2 lc rgb '#010203' title 'rounding'";
+    body += "set title " + gp(j->at("name").get<std::string>()) + " noenhanced textcolor rgb '#010203'\n" + plot + "\n";
+    ++n;
+  }
+  if (n == 0) return;
+  const int rows = (n + 1) / 2;
+  plots.push_back({"sides", "Spectra of the weight W, of the tuned weight W + ΔW and of the update ΔW, side by side",
+                   "set multiplot layout " + std::to_string(rows) + "," + (n > 1 ? "2" : "1") +
+                       "\nset logscale xy\nset format y '10^{%L}'\nset key outside below horizontal samplen 2\n" +
+                       body + "unset multiplot\n",
+                   860, 60 + 350 * rows, true});
 }
 
 /// Medians over several reports, in the order given.
-void add_growth(const std::vector<Json>& reports, const fs::path& dir, std::vector<Plot>& plots) {
+void add_growth(const std::vector<Json>& reports, const Heat& heat, const fs::path& dir, std::vector<Plot>& plots) {
   if (reports.size() < 2) return;
   std::ofstream out(dir / "growth.dat");
   std::string tics;
   int n = 0;
   for (const Json& r : reports) {
     std::vector<double> values;
-    for (const Json& j : r["matrices"])
-      if (const double v = heat_value(r, j); std::isfinite(v)) values.push_back(v);
+    for (const Json& j : r.at("matrices"))
+      if (const double v = heat(j); std::isfinite(v)) values.push_back(v);
     if (values.empty()) continue;
     std::sort(values.begin(), values.end());
     const auto at = [&](double q) { return number_text(values[std::size_t(q * double(values.size() - 1))]); };
@@ -240,14 +293,14 @@ void add_growth(const std::vector<Json>& reports, const fs::path& dir, std::vect
     tics += (tics.empty() ? "" : ", ") + gp(label) + " " + std::to_string(n++);
   }
   if (n < 2) return;
-  plots.push_back(
-      {"growth", heat_caption(reports[0]) + " over the reports: median, and the band from 10 % to 90 % of the matrices",
-       "set xtics rotate by -25 (" + tics + ")\nset ylabel " + gp(heat_caption(reports[0])) +
-           "\nset key off\nset offsets graph 0.04, graph 0.04\nset style fill transparent solid 0.25\nplot "
-           "'growth.dat' using 1:3:4 with filledcurves lc "
-           "rgb '#0072b2', '' using "
-           "1:2 with linespoints pt 7 ps 0.7 lw 2 lc rgb '#0072b2'\n",
-       860, 420});
+  plots.push_back({"growth",
+                   heat.caption() + " over the reports: median, and the band from 10 % to 90 % of the matrices",
+                   "set xtics rotate by -25 (" + tics + ")\nset ylabel " + gp(heat.label()) +
+                       "\nset key off\nset offsets graph 0.04, graph 0.04\nset style fill transparent solid 0.25\nplot "
+                       "'growth.dat' using 1:3:4 with filledcurves lc "
+                       "rgb '#0072b2', '' using "
+                       "1:2 with linespoints pt 7 ps 0.7 lw 2 lc rgb '#0072b2'\n",
+                   860, 420});
 }
 
 }  // namespace
@@ -260,26 +313,28 @@ Pictures draw_pictures(const std::vector<Json>& reports, const char* raster) {
     return result;
   }
   const fs::path& dir = scratch.path();
+  const Heat heat(reports);
   std::vector<Plot> plots;
-  add_heat_map(reports.back(), dir, plots);
-  add_spectra(reports.back(), dir, plots);
-  add_growth(reports, dir, plots);
+  add_heat_map(reports.back(), heat, dir, plots);
+  add_spectra(reports.back(), heat, dir, plots);
+  add_sides(reports.back(), heat, dir, plots);
+  add_growth(reports, heat, dir, plots);
   if (plots.empty()) return result;
   {
     std::ofstream script(dir / "script.gp");
     script << "cd " << gp(dir.string()) << '\n';
-    for (const Plot& p : plots) {
-      const std::string size = std::to_string(p.width) + "," + std::to_string(p.height);
-      // Enhanced text only where we format an exponent ourselves: names hold underscores.
-      const char* enhanced = p.name == "spectra" ? "enhanced" : "noenhanced";
+    const auto draw = [&](const Plot& p, const std::string& terminal, const char* suffix) {
       script << "reset\n"
-             << preamble << "set term svg size " << size << ' ' << enhanced << " font 'sans-serif,13'\nset output '"
-             << p.name << ".svg'\n";
-      if (p.name == "spectra") script << "set key noenhanced\n";
-      script << p.body << "set output\n";
-      if (raster != nullptr)
-        script << "set term pngcairo size " << p.width * 2 << ',' << p.height * 2 << ' ' << enhanced
-               << " font 'sans,22' linewidth 2\nset output '" << p.name << ".png'\nreplot\nset output\n";
+             << preamble << "set term " << terminal << (p.enhanced ? " enhanced" : " noenhanced") << "\nset output '"
+             << p.name << suffix << "'\n"
+             << p.body << "set output\n";
+    };
+    for (const Plot& p : plots) {
+      const auto size = [&](int scale) {
+        return std::to_string(p.width * scale) + "," + std::to_string(p.height * scale);
+      };
+      draw(p, "svg size " + size(1) + " font 'sans-serif,13'", ".svg");
+      if (raster != nullptr) draw(p, "pngcairo size " + size(2) + " font 'sans,22' linewidth 2", ".png");
     }
   }
   result.problem = run_gnuplot(dir / "script.gp", dir / "log");

@@ -17,8 +17,10 @@
 
 #include "interrupt.hpp"
 #include "lowrank/core/threads.hpp"
+#include "lowrank/core/version.hpp"
 #include "lowrank/io/file.hpp"
 #include "lowrank/spectrum/balance.hpp"
+#include "report_csv.hpp"
 #include "report_html.hpp"
 
 #if defined(LOWRANK_TOOL_MPI)
@@ -86,9 +88,11 @@ class Journal {
 };
 
 std::string journal_path(const ScanOptions& o, int rank, int ranks) {
-  const std::string& out = !o.json.empty() ? o.json : !o.csv.empty() ? o.csv : o.html;
-  if (out.empty() || out == "-") return {};
-  return out + (ranks > 1 ? "." + std::to_string(rank) + "of" + std::to_string(ranks) : "") + ".journal";
+  std::string out;
+  for (const std::string* path : {&o.html, &o.csv, &o.json})
+    if (!path->empty() && *path != "-") out = *path;
+  return out.empty() ? out
+                     : out + (ranks > 1 ? "." + std::to_string(rank) + "of" + std::to_string(ranks) : "") + ".journal";
 }
 
 std::string joined(const std::vector<Skipped>& list) {
@@ -104,47 +108,14 @@ Json to_json(const std::vector<Skipped>& list) {
   return j;
 }
 
-/// One row a matrix, one column a number of "metrics", "noise" and the top level; what is missing stays empty.
-std::string csv_text(const std::vector<Json>& matrices) {
-  std::vector<std::pair<std::string, std::string>> columns;  // section, key
-  for (const Json& m : matrices)
-    for (const auto& [key, value] : m.items()) {
-      const auto add = [&](const std::string& section, const std::string& k) {
-        if (std::find(columns.begin(), columns.end(), std::pair(section, k)) == columns.end())
-          columns.emplace_back(section, k);
-      };
-      if (value.is_object() && (key == "metrics" || key == "noise"))
-        for (const auto& [k, v] : value.items()) add(key, k);
-      else if (value.is_primitive())
-        add("", key);
-    }
-  const auto quoted = [](std::string s) {
-    if (s.find_first_of(",\"\n\r") == std::string::npos) return s;
-    for (std::size_t at = 0; (at = s.find('"', at)) != std::string::npos; at += 2) s.insert(at, 1, '"');
-    return "\"" + s + "\"";
-  };
-  std::string text;
-  for (std::size_t c = 0; c < columns.size(); ++c)
-    text += (c > 0 ? "," : "") + (columns[c].first == "noise" ? "noise_" : std::string()) + columns[c].second;
-  text += "\n";
-  for (const Json& m : matrices) {
-    for (std::size_t c = 0; c < columns.size(); ++c) {
-      const auto& [section, key] = columns[c];
-      const Json* from = section.empty() ? &m : m.contains(section) ? &m[section] : nullptr;
-      text += c > 0 ? "," : "";
-      if (from != nullptr && from->contains(key) && !(*from)[key].is_null())
-        text += (*from)[key].is_string() ? quoted((*from)[key].get<std::string>()) : (*from)[key].dump();
-    }
-    text += "\n";
-  }
-  return text;
-}
-
 }  // namespace
 
 void ScanOptions::add_to(CLI::App* sub) {
-  sub->add_option("--json", json, "Write the report as JSON to this file (- for stdout); resumable after a kill");
-  sub->add_option("--csv", csv, "Write one row a matrix to this file");
+  sub->add_option_function<std::string>(
+         "--json", [this](const std::string& path) { json = path.empty() ? "-" : path; },
+         "Write the report as JSON to this file, resumable after a kill; - or nothing: stdout")
+      ->expected(0, 1);
+  sub->add_option("--csv", csv, "Write one row a matrix to this file (- for stdout)");
   sub->add_option("--html", html, "Write one self-contained page with pictures (needs gnuplot when run)");
   sub->add_option("--pictures", pictures, "Directory for --svg and --png")->default_val(".");
   sub->add_flag("--svg", svg, "Write the pictures as SVG files");
@@ -155,9 +126,15 @@ void ScanOptions::add_to(CLI::App* sub) {
   sub->add_flag("-q,--quiet", common.quiet, "No progress, no notes");
 }
 
+void ScanOptions::check() const {
+  if ((json == "-") + (csv == "-") + (html == "-") > 1)
+    throw UsageError("only one of --json, --csv and --html can go to stdout");
+}
+
 std::string fingerprint(const std::vector<std::string>& paths, const std::string& options) {
   namespace fs = std::filesystem;
-  std::string s = "lowrank 2 " + options;
+  constexpr int format = 3;  // of the entries, which may change between two releases
+  std::string s = lowrank::detail::text("lowrank ", version, " format ", format, " ", options);
   const auto stamp = [&](const fs::path& p) {
     struct stat info {};
     if (::stat(p.c_str(), &info) == 0 && S_ISREG(info.st_mode))
@@ -318,12 +295,14 @@ void finish_scan(const ScanOptions& o, ScanResult&& r, Json header, const std::s
   report["skipped_vectors"] = vectors;
   report["seconds"] = r.seconds;
   report["resumed"] = r.resumed;
-  const std::string text = report.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";
-  if (o.json == "-")
-    std::fwrite(text.data(), 1, text.size(), stdout);
-  else if (!o.json.empty())
-    io::write_text(o.json, text);
-  if (!o.csv.empty()) io::write_text(o.csv, csv_text(r.matrices));
+  const auto write = [](const std::string& path, const std::string& text) {
+    if (path == "-")
+      std::fwrite(text.data(), 1, text.size(), stdout);
+    else if (!path.empty())
+      io::write_text(path, text);
+  };
+  write(o.json, report.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");
+  if (!o.csv.empty()) write(o.csv, csv_text(r.matrices));
   if (!o.html.empty() || o.svg || o.png) {
     const auto pictures = draw_pictures({report}, o.png ? "png" : nullptr);
     if (!pictures.problem.empty()) note(o.common, pictures.problem);
@@ -332,9 +311,9 @@ void finish_scan(const ScanOptions& o, ScanResult&& r, Json header, const std::s
       if (o.svg) io::write_text(stem + ".svg", p.light);
       if (o.png) io::write_text(stem + ".png", p.png);
     }
-    if (!o.html.empty()) io::write_text(o.html, html_report({report}, pictures));
+    if (!o.html.empty()) write(o.html, html_report({report}, pictures));
   }
-  if (o.json != "-") {
+  if (!o.uses_stdout()) {
     std::string out = table;
     out += std::to_string(r.matrices.size()) + " matrices in " + time_text(r.seconds);
     if (r.resumed > 0) out += ", " + std::to_string(r.resumed) + " of them from an earlier run";
@@ -350,90 +329,6 @@ void finish_scan(const ScanOptions& o, ScanResult&& r, Json header, const std::s
                                       " matrices could not be analysed: ", joined(r.failed)));
   if (!faults.empty())
     throw Error(lowrank::detail::text(faults.size(), " tensors do not fit each other: ", joined(faults)));
-}
-
-namespace {
-/// The shape a 4-bit weight had; all else about it is checked when it is read.
-std::pair<Index, Index> packed_shape(const io::Checkpoint& c, const std::string& name, const std::string& type) {
-  const io::TensorView state = c[name + std::string(io::detail::bnb_state) + type];
-  const auto text = io::detail::plain_values<std::uint8_t>(state);
-  const auto json =
-      io::detail::parse_json(state.file().path(), {reinterpret_cast<const char*>(text.data()), text.size()});
-  if (!json.is_object() || !json.contains("shape") || !json["shape"].is_array() || json["shape"].size() != 2 ||
-      !json["shape"][0].is_number_unsigned() || !json["shape"][1].is_number_unsigned())
-    state.fail("holds no shape of two extents");
-  return {json["shape"][0].get<Index>(), json["shape"][1].get<Index>()};
-}
-}  // namespace
-
-std::vector<MatrixTensor> matrices_of(const io::Checkpoint& checkpoint, std::vector<Skipped>& skipped) {
-  std::vector<MatrixTensor> list;
-  const auto belongs_to_packed = [&](const std::string& name) {
-    for (const char* part : {".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"})
-      if (name.ends_with(part))
-        return !io::bitsandbytes_type(checkpoint, name.substr(0, name.size() - std::strlen(part))).empty();
-    return name.find(io::detail::bnb_state) != std::string::npos;
-  };
-  const auto add = [&](const std::string& name, const io::TensorView& t, Index rows, Index cols, Index slice) {
-    list.push_back({name, t, rows, cols, slice, {}, nullptr, io::is_float8(t.dtype()) ? &checkpoint : nullptr});
-  };
-  checkpoint.for_each([&](const io::TensorView& t) {
-    const auto& s = t.shape();
-    if (belongs_to_packed(t.name()) || io::is_float8_scale(checkpoint, t.name())) return;
-    if (const std::string type = io::bitsandbytes_type(checkpoint, t.name()); !type.empty()) {
-      const auto [m, n] = packed_shape(checkpoint, t.name(), type);
-      list.push_back({t.name(), t, m, n, 0, type, &checkpoint, nullptr});
-    } else if (s.size() < 2) {
-      skipped.push_back({t.name(), "has fewer than two dimensions"});
-    } else if (!io::is_convertible_float(t.dtype())) {
-      skipped.push_back({t.name(), "is stored as " + std::string(io::dtype_name(t.dtype()))});
-    } else if (t.size() == 0) {
-      skipped.push_back({t.name(), "is empty"});
-    } else if (s.size() == 3) {  // a stack of matrices: experts
-      for (Index e = 0; e < Index(s[0]); ++e)
-        add(t.name() + "[" + std::to_string(e) + "]", t, Index(s[1]), Index(s[2]), e);
-    } else {
-      add(t.name(), t, Index(s[0]), t.size() / Index(s[0]), 0);
-    }
-  });
-  std::sort(list.begin(), list.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
-  return list;
-}
-
-void say_storage(Json& j, std::initializer_list<std::pair<const char*, const MatrixTensor*>> matrices) {
-  for (const auto& [key, m] : matrices) {
-    if (m == nullptr) continue;
-    if (m->packed != nullptr) j["dequantised"] = true;
-    if (m->float8 == nullptr) continue;
-    const auto scales = io::float8_scales(*m->float8, m->tensor, m->slice);
-    if (!scales.name.empty()) j["dequantised"] = true;
-    j[key] = scales.name.empty() ? "none" : scales.name + ", one a " + scales.per();
-  }
-}
-
-void note_quantised(const Common& common, std::initializer_list<const std::vector<MatrixTensor>*> lists) {
-  for (const auto* list : lists) {
-    std::size_t dequantised = 0, bare = 0;
-    for (const MatrixTensor& m : *list) {
-      const bool scaled = m.float8 != nullptr && !io::float8_scale_name(*m.float8, m.tensor.name()).empty();
-      dequantised += m.packed != nullptr || scaled;
-      bare += m.float8 != nullptr && !scaled;
-    }
-    if (dequantised > 0)
-      note(common, std::to_string(dequantised) + " quantised weights are dequantised for the analysis");
-    if (bare > 0)
-      note(common, std::to_string(bare) + " 8-bit weights have no scale: their values are taken as they are");
-  }
-}
-
-const MatrixTensor* find_matrix(const std::vector<MatrixTensor>& list, const std::string& name) {
-  const auto it =
-      std::lower_bound(list.begin(), list.end(), name, [](const auto& m, const auto& n) { return m.name < n; });
-  return it != list.end() && it->name == name ? &*it : nullptr;
-}
-
-bool selected(const std::string& name, const std::string& filter) {
-  return filter.empty() || name.find(filter) != std::string::npos;
 }
 
 }  // namespace lowrank::tool

@@ -7,160 +7,11 @@ import html as html_lib
 import json
 import math
 import os
-import random
-import resource
 import shutil
-import struct
 import subprocess
-import sys
 import tempfile
 
-tool = sys.argv[1]
-mpi_tool = sys.argv[2] if len(sys.argv) > 2 else None
-failures = 0
-
-
-def check(condition, what):
-    global failures
-    if not condition:
-        failures += 1
-        print("FAILED:", what)
-
-
-def run(*args, code=0, program=None):
-    r = subprocess.run([*(program or [tool]), *args], capture_output=True, text=True)
-    check(r.returncode == code, f"{' '.join(args[:3])}: exit code {r.returncode}, expected {code}: {r.stderr.strip()}")
-    if code != 0:
-        check(len(r.stderr.strip().splitlines()) >= 1, "a failure says why")
-    return r
-
-
-def bf16(x):
-    u = struct.unpack("<I", struct.pack("<f", x))[0]
-    return (u + 0x7FFF + ((u >> 16) & 1)) >> 16
-
-
-def save(path, tensors):
-    """tensors: name -> (dtype, shape, floats)."""
-    header, data = {}, b""
-    for name, (dtype, shape, values) in tensors.items():
-        code = {"F32": lambda v: struct.pack(f"<{len(v)}f", *v), "F64": lambda v: struct.pack(f"<{len(v)}d", *v),
-                "BF16": lambda v: struct.pack(f"<{len(v)}H", *map(bf16, v)), "I64": lambda v: struct.pack(f"<{len(v)}q", *v),
-                "U8": bytes, "F8_E4M3": bytes, "F8_E5M2": bytes, "F8_E8M0": bytes}
-        raw = code[dtype](values)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
-        data += raw
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text + data)
-
-
-rng = random.Random(1)
-
-
-def noise(m, n, std=1.0):
-    return [rng.gauss(0, std) for _ in range(m * n)]
-
-
-def low_rank(m, n, r, size):
-    out = [0.0] * (m * n)
-    for _ in range(r):
-        u, v = noise(m, 1), noise(n, 1)
-        for i in range(m):
-            for j in range(n):
-                out[i * n + j] += size * u[i] * v[j]
-    return out
-
-
-def add(a, b):
-    return [x + y for x, y in zip(a, b)]
-
-
-def jacobi_values(a, m, n):
-    """Singular values by one-sided Jacobi on the shorter side, in Python's doubles: an oracle nobody here wrote in C++."""
-    if m < n:
-        a = [a[i * n + j] for j in range(n) for i in range(m)]
-        m, n = n, m
-    columns = [[a[i * n + j] for i in range(m)] for j in range(n)]
-    for _ in range(30):
-        off = 0.0
-        for p in range(n - 1):
-            for q in range(p + 1, n):
-                x, y = columns[p], columns[q]
-                alpha, beta = sum(t * t for t in x), sum(t * t for t in y)
-                gamma = sum(s * t for s, t in zip(x, y))
-                if abs(gamma) <= 1e-15 * math.sqrt(alpha * beta):
-                    continue
-                off = max(off, abs(gamma) / math.sqrt(alpha * beta))
-                zeta = (beta - alpha) / (2 * gamma)
-                t = math.copysign(1, zeta) / (abs(zeta) + math.sqrt(1 + zeta * zeta))
-                c = 1 / math.sqrt(1 + t * t)
-                columns[p] = [c * (s - t * u) for s, u in zip(x, y)]
-                columns[q] = [c * (t * s + u) for s, u in zip(x, y)]
-        if off < 1e-14:
-            break
-    return sorted((math.sqrt(sum(t * t for t in x)) for x in columns), reverse=True)
-
-
-def rounded(values):
-    return [struct.unpack("<f", struct.pack("<f", v))[0] for v in values]
-
-
-NF4 = [-1, -.6961928009986877, -.5250730514526367, -.39491748809814453, -.28444138169288635, -.18477343022823334,
-       -.09105003625154495, 0, .07958029955625534, .16093020141124725, .24611230194568634, .33791524171829224,
-       .44070982933044434, .5626170039176941, .7229568362236023, 1]
-
-
-def pack_nf4(name, m, n, values, nested):
-    """The tensors bitsandbytes keeps a weight in, and the values they stand for."""
-    blocks = [values[i:i + 64] for i in range(0, len(values), 64)]
-    absmax = rounded([max(map(abs, b)) for b in blocks])
-    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [m, n]}
-    tensors = {}
-    if nested:  # the scales in 8 bits too, on an even grid here: a reader must take the map from the file
-        offset = sum(absmax) / len(absmax)
-        grid = rounded([-1 + 2 * i / 255 for i in range(256)])
-        top = rounded([max(abs(x - offset) for x in absmax)])
-        codes = [min(range(256), key=lambda c: abs(grid[c] * top[0] + offset - x)) for x in absmax]
-        state.update(nested_blocksize=256, nested_dtype="float32", nested_offset=offset)
-        tensors[name + ".absmax"] = ("U8", [len(codes)], codes)
-        tensors[name + ".nested_absmax"] = ("F32", [1], top)
-        tensors[name + ".nested_quant_map"] = ("F32", [256], grid)
-        scales = [grid[c] * top[0] + offset for c in codes]
-    else:
-        scales = absmax
-        tensors[name + ".absmax"] = ("F32", [len(absmax)], absmax)
-    codes = [min(range(16), key=lambda c: abs(NF4[c] - x / s)) for b, s in zip(blocks, scales) for x in b]
-    stands_for = [NF4[c] * scales[i // 64] for i, c in enumerate(codes)]
-    codes += [0] * (len(codes) % 2)
-    packed = [16 * a + b for a, b in zip(codes[::2], codes[1::2])]  # the first of two in the high half
-    tensors[name] = ("U8", [len(packed), 1], packed)
-    tensors[name + ".quant_map"] = ("F32", [16], NF4)
-    text = json.dumps(state).encode()
-    tensors[name + ".quant_state.bitsandbytes__nf4"] = ("U8", [len(text)], text)
-    return tensors, stands_for
-
-
-def f8(code, exponent_bits):
-    """What a byte stands for in E4M3 (exponent_bits 4) or E5M2 (5), from the definition of the formats."""
-    mantissa_bits = 7 - exponent_bits
-    bias = 2 ** (exponent_bits - 1) - 1
-    exponent, mantissa = code >> mantissa_bits & (2**exponent_bits - 1), code & (2**mantissa_bits - 1)
-    size = mantissa * 2.0 ** (1 - bias - mantissa_bits) if exponent == 0 else (1 + mantissa / 2**mantissa_bits) * 2.0 ** (exponent - bias)
-    return -size if code & 128 else size
-
-
-def random_f8(count, exponent_bits):
-    """Codes of finite numbers: of E4M3 all but the two with every other bit set, of E5M2 those below the largest exponent."""
-    codes = [c for c in range(256) if (c & 127 != 127 if exponent_bits == 4 else c & 127 < 124)]
-    return [rng.choice(codes) for _ in range(count)]
-
-
-def disk_of(size):
-    """For preexec_fn: the write that takes a file beyond so many bytes ends there, as on a full disk."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
+from support import *
 
 work = tempfile.mkdtemp(prefix="lowrank-report-")
 at = lambda name: os.path.join(work, name)
@@ -342,15 +193,15 @@ try:
     eight("l.0.comfy.weight", [24, 20], lambda e, i, j: 0, "l.0.comfy.scale_weight", [1], bits=5, per=one)
     eight("l.0.sibling.weight", [24, 20], lambda e, i, j: 0, "l.0.sibling.scale", [1, 1], per=one)
     eight("l.0.micro.weight", [10, 70], lambda e, i, j: i * 3 + j // 32, "l.0.micro.weight_scale", [10, 3], "F8_E8M0", per="1x32 block")
-    eight("l.0.each", [3, 10, 12], lambda e, i, j: e, "l.0.each_scale", [3, 1, 1], per=one)
-    eight("l.0.stack", [3, 10, 12], lambda e, i, j: e * 10 + i, "l.0.stack_scale", [3, 10, 1], per=row)
-    eight("l.0.grids", [2, 130, 12], lambda e, i, j: e * 2 + i // 128, "l.0.grids_scale_inv", [2, 2, 1], per=block)
+    eight("l.0.experts.each", [3, 10, 12], lambda e, i, j: e, "l.0.experts.each_scale", [3, 1, 1], per=one)
+    eight("l.0.experts.stack", [3, 10, 12], lambda e, i, j: e * 10 + i, "l.0.experts.stack_scale", [3, 10, 1], per=row)
+    eight("l.0.experts.grids", [2, 130, 12], lambda e, i, j: e * 2 + i // 128, "l.0.experts.grids_scale_inv", [2, 2, 1], per=block)
     eight("l.0.bare.weight", [24, 20], None, None, [])
     scaled["l.0.rows.input_scale"] = ("F32", [1], [0.5])
     save(at("scaled.safetensors"), scaled)
     # Named as tensors of their own: a slice has no name in a file, so the stacks come back as they were.
     plain = {k: v for k, v in stands_for.items() if "[" not in k}
-    for name in ("l.0.each", "l.0.stack", "l.0.grids"):
+    for name in ("l.0.experts.each", "l.0.experts.stack", "l.0.experts.grids"):
         slices = [v for k, v in stands_for.items() if k.startswith(name + "[")]
         plain[name] = ("F32", [len(slices), *slices[0][1]], [x for s in slices for x in s[2]])
     save(at("unscaled.safetensors"), plain)
@@ -382,14 +233,14 @@ try:
     wrong["l.0.flat.weight_scale"] = ("I64", [24], range(24))
     wrong["l.0.one.weight_scale"] = ("F32", [], [math.inf])
     wrong["l.0.comfy.weight_scale"] = ("F32", [], [1.0])
-    wrong["l.0.stack_scale"] = ("F32", [10, 1], noise(10, 1))
+    wrong["l.0.experts.stack_scale"] = ("F32", [10, 1], noise(10, 1))
     save(at("wrong.safetensors"), wrong)
     run("spectrum", at("wrong.safetensors"), "--json", at("wrong.json"), code=1)
     j = json.load(open(at("wrong.json")))
     reasons = {x["name"]: x["reason"] for x in j["failed"]}
     for name, words in (("l.0.rows.weight", ["weight_scale", "[3, 5]", "[24, 1]", "[1, 1]"]), ("l.0.flat.weight", ["weight_scale", "I64", "F32"]),
                         ("l.0.one.weight", ["weight_scale", "inf"]), ("l.0.comfy.weight", ["weight_scale", "scale_weight"]),
-                        ("l.0.stack[2]", ["l.0.stack_scale", "[10, 1]", "[3, 10, 1]"])):
+                        ("l.0.experts.stack[2]", ["l.0.experts.stack_scale", "[10, 1]", "[3, 10, 1]"])):
         check(all(word in reasons.get(name, "") for word in words), f"{name}: {reasons.get(name)}")
     check(len(reasons) == 7 and len(j["matrices"]) == len(stands_for) - 7, f"what does not fit, and nothing else: {sorted(reasons)}")
     # Commands that would need the scales and do not know them refuse the type.
@@ -469,5 +320,4 @@ try:
             check(r.returncode == 1 and word in r.stderr, f"mpirun with bad input: {r.returncode}, {r.stderr.strip()[-300:]}")
 finally:
     shutil.rmtree(work, ignore_errors=True)
-print("all checks passed" if failures == 0 else f"{failures} checks failed")
-sys.exit(1 if failures else 0)
+finish()

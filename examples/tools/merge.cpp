@@ -30,7 +30,14 @@ class BaseCheck {
   /// **Throws** IoError where it is plain that it is not, or cannot be known.
   BaseCheck(const Options& o, const io::PeftAdapter& adapter, const io::Checkpoint& base)
       : path_(o.adapter), base_(o.base), mark_(adapter.changed_base), trusted_(o.changed_base) {
-    if (!mark_) return;
+    if (!mark_) {
+      const auto of_base = io::read_changed_base(model_directory(base_));
+      if (of_base && !trusted_)
+        throw IoError(path_, "carries no mark that it stands on " + base_ + ", " +
+                                 changed_base_phrase(*of_base, "another") + "; say " + changed_base_flag +
+                                 " if it was trained on that");
+      return;
+    }
     if (mark_->weights.empty() && !trusted_) refuse("and nothing in it tells whether " + base_ + " is that one");
     for (const auto& [name, print] : mark_->weights) {
       const auto suffix = std::string_view(".weight").size();
@@ -311,10 +318,6 @@ void run(const Options& o) {
   if (check.strangers() > 0)
     notes.push_back(
         lowrank::detail::text(check.strangers(), " weights of the base are not the ones the adapter was made with"));
-  if (!adapter.changed_base && !o.changed_base)
-    if (const auto mark = io::read_changed_base(model_directory(o.base)))
-      notes.push_back("the base was changed together with another adapter than this one, as far as its files tell: " +
-                      (mark->method.empty() ? mark->kind : mark->method));
   for (const std::string& line : notes) note(o.common, line);
   const double lost = intended2 > 0 ? std::sqrt(lost2 / intended2) : 0, share = values > 0 ? changed / values : 0;
   const Json report = {{"command", "merge"},

@@ -141,8 +141,9 @@ std::string model_directory(const std::string& checkpoint) {
   return fs::is_directory(checkpoint, ignored) ? checkpoint : fs::absolute(checkpoint).parent_path().string();
 }
 
-std::string changed_base_phrase(const io::ChangedBase& base) {
-  return "a base that was changed with it (" + (base.method.empty() ? "" : base.method + ", ") + base.kind + ")";
+std::string changed_base_phrase(const io::ChangedBase& base, const std::string& it) {
+  return "a base that was changed with " + it + " (" + (base.method.empty() ? "" : base.method + ", ") + base.kind +
+         ")";
 }
 
 namespace {

@@ -105,8 +105,8 @@ inline bool lies_transposed(ModuleKind kind, bool fan_in_fan_out) {
   return kind == ModuleKind::embedding || (kind == ModuleKind::linear && fan_in_fan_out);
 }
 
-/// A sentence's end that names the base an adapter stands on: "a base that was changed with it (pissa, residual)".
-std::string changed_base_phrase(const io::ChangedBase& base);
+/// "a base that was changed with it (pissa, residual)"; `it` may be another adapter.
+std::string changed_base_phrase(const io::ChangedBase& base, const std::string& it = "it");
 
 /// The flag by which somebody who knows better overrides the marks of a changed base.
 inline constexpr const char* changed_base_flag = "--changed-base";

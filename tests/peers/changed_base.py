@@ -40,6 +40,7 @@ def saved_by_peft(source, target, drop=(), **settings):
 with tempfile.TemporaryDirectory() as d:
     W = tiny_llama(d + "/model")
     shutil.copytree(d + "/model", d + "/copy")
+    run(program, "init", "gaussian", d + "/model", "-o", d + "/plain", "--rank", 2, "--targets", "q_proj")
     common = ["--rank", 6, "--targets", "q_proj,down_proj", "--seed", 5]
     for method, extra in [("pissa", []), ("olora", []), ("loftq", []), ("qpissa", ["--packed"])]:
         a = d + "/" + method
@@ -82,6 +83,13 @@ with tempfile.TemporaryDirectory() as d:
         run(program, *merge(a + "/base", d + "/tensors_" + method))
         # somebody who knows better may say so, and the report repeats it
         assert json.loads(run(program, *merge(d + "/copy", a, FLAG, "--json")))["base"] == "asserted"
+        # the reverse, an adapter of whatever on a base that was changed with another
+        stranger = saved_by_peft(d + "/plain", d + "/stranger_" + method)
+        refused(*merge(a + "/base", stranger), parts=["no mark", "another", method, FLAG])
+        assert json.loads(run(program, *merge(a + "/base", stranger, FLAG, "--json")))["base"] == "asserted"
+        assert json.loads(run(program, *merge(d + "/model", stranger, "--json")))["base"] == "original"
+        report = json.loads(run(program, "inspect", a, "--json"))
+        assert (report["base"], report["init_method"], report["base_fingerprints"]) == (mark["base"], method, 4)
         # no other command forgets it
         refused("combine", a, "-o", d + "/c", parts=["only one"])
         refused("combine", a, a, "-o", d + "/c", "--weights", "0.5,0.5", parts=["only one"])

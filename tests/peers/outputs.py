@@ -117,7 +117,12 @@ with tempfile.TemporaryDirectory() as d:
         shutil.rmtree(d + "/killed")
         shutil.copytree(d + "/before", d + "/killed")
         p = subprocess.Popen([program, "init", "pissa", d + "/three", "-o", d + "/killed", *map(str, targets)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(takes * rng.uniform(0.5, 1.05))
+        if trial % 2:
+            time.sleep(takes * rng.uniform(0.3, 1.1))
+        else:  # while files are put in place
+            while p.poll() is None and os.path.exists(d + "/killed/adapter_config.json"):
+                pass
+            time.sleep(0.002 * (trial // 2))
         p.send_signal(signal.SIGKILL)
         p.wait()
         if not os.path.exists(d + "/killed/adapter_config.json"):

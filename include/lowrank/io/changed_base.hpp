@@ -41,7 +41,7 @@ inline std::string fingerprint(const TensorView& t) { return fingerprint(t.dtype
 /// The text of a lowrank.json.
 inline std::string changed_base_text(const ChangedBase& b) {
   const Json j = {{"base", b.kind}, {"method", b.method}, {"original_base", b.original}, {"weights", b.weights}};
-  return j.dump(2) + "\n";
+  return j.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";  // a path may be any bytes
 }
 
 namespace detail {

@@ -112,8 +112,11 @@ class Checkpoint {
     const auto in = [&](const char* name) { return (fs::path(path) / name).string(); };
     const std::string index = in("model.safetensors.index.json");
     const bool sharded = fs::exists(index, ignored);
-    for (const char* single : {"model.safetensors", "adapter_model.safetensors"})
-      if ((!sharded || single[0] == 'm') && fs::exists(in(single), ignored)) {
+    // An adapter may lie beside the shards it belongs to.
+    const std::vector<const char*> singles =
+        sharded ? std::vector{"model.safetensors"} : std::vector{"model.safetensors", "adapter_model.safetensors"};
+    for (const char* single : singles)
+      if (fs::exists(in(single), ignored)) {
         open(in(single));
         return;
       }
@@ -203,8 +206,8 @@ namespace detail {
 
 /// The weights files of a checkpoint in `directory` that `written` does not replace: left there, a reader would take
 /// them, or they would be gigabytes that no index names.
-inline void remove_other_weights(const Checkpoint& from, const std::string& directory, bool sharded,
-                                 const std::map<std::string, std::vector<TensorInfo>>& written, StagedFiles& files) {
+inline void remove_other_weights(const Checkpoint& from, const std::string& directory,
+                                 const std::set<std::string>& written, StagedFiles& files) {
   namespace fs = std::filesystem;
   constexpr const char *single = "model.safetensors", *index_name = "model.safetensors.index.json";
   std::set<std::string> others;
@@ -214,7 +217,7 @@ inline void remove_other_weights(const Checkpoint& from, const std::string& dire
       for (const auto& [name, shard] : parse_safetensors_index(index, read_text(index))) others.insert(shard);
     } catch (const IoError&) {  // no index of anything: what lies beside it is not known to be weights
     }
-  others.insert(sharded ? single : index_name);
+  others.insert(written.contains(single) ? index_name : single);
   for (const std::string& name : others) {
     if (written.contains(name) || (name != index_name && !name.ends_with(".safetensors"))) continue;
     const std::string path = (fs::path(directory) / name).string();
@@ -249,9 +252,17 @@ template <class Rewrite, class Progress>
   }
   std::map<std::string, std::vector<TensorInfo>> written;
   StagedFiles files;
+  const auto name_of = [&](std::size_t s) {
+    return sharded ? fs::path(from.shard(s).path()).filename().string() : "model.safetensors";
+  };
+  if (!named) {
+    std::set<std::string> names;
+    for (std::size_t s = 0; s < from.shard_count(); ++s) names.insert(name_of(s));
+    detail::remove_other_weights(from, directory, names, files);
+  }
   for (std::size_t s = 0; s < from.shard_count(); ++s) {
     const SafeTensors& shard = from.shard(s);
-    const std::string name = sharded ? fs::path(shard.path()).filename().string() : "model.safetensors";
+    const std::string name = name_of(s);
     const std::string target = named ? directory : (fs::path(directory) / name).string();
     if (fs::equivalent(target, shard.path(), failed)) throw IoError(target, "is both input and output");
     std::vector<std::optional<TensorRewrite>> plan;
@@ -277,7 +288,6 @@ template <class Rewrite, class Progress>
     written[name] = out.tensors();
     files.add(std::move(out).finish());
   }
-  if (!named) detail::remove_other_weights(from, directory, sharded, written, files);
   if (sharded) {
     const std::string index = (fs::path(directory) / "model.safetensors.index.json").string();
     files.add_text(index, safetensors_index(index, written), true);

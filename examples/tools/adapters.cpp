@@ -156,8 +156,9 @@ void run(const Combine& o) {
     if (a.config.use_dora) throw IoError(path, "uses DoRA: its magnitudes cannot be added; merge it instead");
     if (!a.saved.empty())
       throw IoError(path, a.saved[0].spec.name, "is a whole tensor saved with the adapter, which cannot be combined");
-    if (const auto b = a.metadata.find(io::base_metadata_key); b != a.metadata.end() && o.adapters.size() > 1)
-      throw IoError(path, "stands on a base that was changed with it (" + b->second + "); undo that first");
+    if (a.changed_base)  // a sum, or a multiple, of what was taken out of the base is not what has to be put back
+      throw IoError(path, "stands on " + changed_base_phrase(*a.changed_base) + ", of which there is only one; " +
+                              (a.changed_base->kind == "residual" ? "`undo` it first" : "merge it instead"));
     if (a.config.fan_in_fan_out != inputs.front().config.fan_in_fan_out)
       throw IoError(path, "differs from the others in fan_in_fan_out");
     for (const io::AdapterModule& m : a.modules) {
@@ -171,7 +172,6 @@ void run(const Combine& o) {
   out.config.use_rslora = false;
   Json modules = Json::array();
   double norm2 = 0, distance2 = 0;
-  std::uint64_t stream = 0;
   for (const auto& [name, indices] : users) {
     throw_if_interrupted();
     std::vector<Weighted<float>> list;
@@ -184,7 +184,7 @@ void run(const Combine& o) {
                       "differs in kind or shape from the same module of " + o.adapters[indices.front()]);
       list.push_back({m.factors, o.weights.empty() ? 1.0 : o.weights[i]});
     }
-    Combined<float> c = combine(o, list, stream++);
+    Combined<float> c = combine(o, list, module_stream(name));
     norm2 += c.sum_norm * c.sum_norm;
     distance2 += c.distance * c.distance;
     modules.push_back({{"name", name},
@@ -217,7 +217,8 @@ void add_combine(CLI::App& app) {
   sub->add_option("-o,--output", o->output, "Directory to write")->required();
   sub->add_option("--weights", o->weights, "One weight an adapter, separated by commas; default 1 each")
       ->delimiter(',');
-  sub->add_option("--method", o->method, "cat and svd are exact sums; linear has cross terms")
+  sub->add_option("--method", o->method,
+                  "cat is the exact sum; svd the best of --rank; linear has cross terms; the others are sparse")
       ->capture_default_str()
       ->check(CLI::IsMember({"cat", "svd", "linear", "ties", "dare_ties", "dare_linear", "magnitude_prune"}));
   sub->add_option("-r,--rank", o->rank,
@@ -251,10 +252,13 @@ void run(const Undo& o) {
   expect_different(o.initial, o.output);
   io::PeftAdapter trained = io::read_peft(o.adapter);
   const io::PeftAdapter initial = io::read_peft(o.initial);
-  const auto kind = initial.metadata.find(io::base_metadata_key);
-  if (kind != initial.metadata.end() && kind->second == "quantized")
+  const std::optional<io::ChangedBase>& mark = initial.changed_base;
+  if (mark && mark->kind == "quantized")
     throw IoError(o.initial,
                   "stands on a quantised base, which is not W - s*B*A: an adapter for W cannot be derived from it");
+  if (mark && trained.changed_base && !mark->weights.empty() && !trained.changed_base->weights.empty() &&
+      mark->weights != trained.changed_base->weights)
+    throw IoError(o.adapter, "stands on another changed base than " + o.initial);
   if (trained.config.use_dora)
     throw IoError(o.adapter, "uses DoRA: its update is not a difference of products; merge it instead");
   Json modules = Json::array();
@@ -278,12 +282,9 @@ void run(const Undo& o) {
     if (trained.find(m.name) == nullptr) throw IoError(o.adapter, m.name, "is missing: its base was changed too");
   trained.config.use_rslora = false;
   trained.config.init_lora_weights = "true";
-  const auto original = initial.metadata.find("lowrank_original_base");
-  trained.config.base_model_name_or_path = !o.base.empty()                      ? o.base
-                                           : original != initial.metadata.end() ? original->second
-                                                                                : "";
-  for (const char* key : {io::base_metadata_key, "lowrank_original_base", "lowrank_method"})
-    trained.metadata.erase(key);
+  trained.config.base_model_name_or_path = !o.base.empty() ? o.base : mark ? mark->original : "";
+  trained.changed_base.reset();
+  trained.metadata.erase(io::method_metadata_key);
   const double error = relative(std::sqrt(distance2), std::sqrt(norm2));
   Json report = {{"command", "undo"}, {"relative_error", error}, {"modules", std::move(modules)}};
   save(o.common, trained, o.output, o.dry_run, report,

@@ -14,7 +14,7 @@ struct Options {
   Common common;
   std::string adapter, to, output, base, dtype = "f32";
   Index heads = 0, kv_heads = 0;
-  bool dry_run = false;
+  bool changed_base = false, dry_run = false;
 };
 
 /// Head counts from --heads, or from the base's config.json: --base, else the directory the adapter names.
@@ -52,6 +52,14 @@ void run(const Options& o) {
     adapter = io::read_gguf_adapter(o.adapter, gguf_settings(o, {}));
   else
     adapter = io::read_peft(o.adapter);
+  const std::optional<io::ChangedBase> mark = adapter.changed_base;
+  if (mark && o.to == "gguf") {
+    if (!o.changed_base)
+      throw IoError(o.adapter, "stands on " + changed_base_phrase(*mark) + "; " +
+                                   (mark->kind == "residual" ? "`undo` it first, or " : "") + "say " +
+                                   changed_base_flag + " if llama.cpp gets that base too");
+    adapter.changed_base.reset();
+  }
   std::optional<io::GgufWriter> gguf;
   if (o.to == "gguf") gguf = io::gguf_adapter(adapter, gguf_settings(o, adapter.config.base_model_name_or_path));
   if (o.to == "npz" && !adapter.saved.empty())
@@ -73,6 +81,8 @@ void run(const Options& o) {
       io::write_peft(o.output, adapter);
     }
   }
+  if (mark && o.to == "npz")
+    note(o.common, "the adapter stands on " + changed_base_phrase(*mark) + ", which the .npz does not say");
   const Json report = {{"command", "convert"},
                        {"to", o.to},
                        {"modules", adapter.modules.size()},
@@ -96,6 +106,8 @@ void add_convert(CLI::App& app) {
   sub->add_option("--dtype", o->dtype, "Type of the written factors")
       ->capture_default_str()
       ->check(CLI::IsMember({"f32", "f16", "bf16"}));
+  sub->add_flag(changed_base_flag, o->changed_base,
+                "gguf: llama.cpp's base is made from the one that was changed with the adapter (PiSSA, LoftQ, ...)");
   sub->add_flag("--dry-run", o->dry_run, "Check everything, write nothing");
   sub->callback([o] { run(*o); });
 }

@@ -76,11 +76,9 @@ void run(const Options& o) {
     for (const io::TensorView& stored : {w, *t})
       with_stored_type(stored, "; extract takes F32, F64, BF16 and F16", [](auto) {});
   }
-  note(o.common, chosen.summary());
-
   io::PeftAdapter adapter;
   adapter.config.task_type = "CAUSAL_LM";
-  adapter.config.base_model_name_or_path = o.base;
+  adapter.config.base_model_name_or_path = absolute_path(o.base);
   Json reports = Json::array();
   std::vector<std::size_t> kept;
   double norm2 = 0, error2 = 0;
@@ -111,7 +109,7 @@ void run(const Options& o) {
       RankChoice choice;
       for (;; tried = std::min(2 * tried, cap)) {
         throw_if_interrupted();
-        e = extracted(t, w, tried, CounterRng(o.seed, 2).bits(i));
+        e = extracted(t, w, tried, CounterRng(o.seed, 2).bits(module_stream(modules.infos[i].name)));
         const std::span<const float> sigma(e.sigma);
         choice = o.rank > 0     ? RankChoice{.rank = o.rank}
                  : o.energy > 0 ? rank_for_energy(sigma, o.energy, e.norm * e.norm)
@@ -160,9 +158,6 @@ void run(const Options& o) {
     w.drop();
     if (t) t->drop();
   });
-  if (elsewhere > 0)
-    note(o.common,
-         lowrank::detail::text(elsewhere, " tensors outside the targets differ too; the adapter does not carry that"));
   if (adapter.modules.empty())
     throw IoError(o.tuned, unchanged == chosen.selected.size() ? "equals the base in every targeted module"
                                                                : "differs from the base by no more than rounding");
@@ -175,6 +170,9 @@ void run(const Options& o) {
     const Finishing finishing;
     io::write_peft(o.output, adapter);
   }
+  if (elsewhere > 0)
+    note(o.common,
+         lowrank::detail::text(elsewhere, " tensors outside the targets differ too; the adapter does not carry that"));
   const double error = norm2 > 0 ? std::sqrt(error2 / norm2) : 0;
   const Json report = {{"command", "extract"},
                        {"applied", adapter.modules.size()},

@@ -34,20 +34,56 @@ std::string packed_dtype(const TensorView& weight) {
   return weight.dtype() == io::Dtype::BF16 ? "bfloat16" : weight.dtype() == io::Dtype::F16 ? "float16" : "float32";
 }
 
-/// The base as bytes in the order of the file.
-void write_base(io::SafeTensorsWriter& out, const std::string& name, const BaseStorage& base, bool transposed) {
-  std::visit(
-      [&]<class M>(const M& m) {
-        if constexpr (!std::is_same_v<M, std::monostate>) {
-          if (transposed) {
-            const M copy(m.view().transposed());
-            out.write(name, std::as_bytes(std::span(copy.data(), std::size_t(copy.size()))));
-          } else {
-            out.write(name, std::as_bytes(std::span(m.data(), std::size_t(m.size()))));
-          }
+/// Writes the base in the order of the file; returns its fingerprint.
+std::string write_base(io::SafeTensorsWriter& out, const TensorView& weight, const BaseStorage& base, bool transposed) {
+  return std::visit(
+      [&]<class M>(const M& m) -> std::string {
+        if constexpr (std::is_same_v<M, std::monostate>) {
+          throw ArgumentError("lowrank init: the method left the base as it was");
+        } else {
+          const auto write = [&](const M& x) {
+            const auto bytes = std::as_bytes(std::span(x.data(), std::size_t(x.size())));
+            out.write(weight.name(), bytes);
+            return io::fingerprint(weight.dtype(), weight.shape(), bytes);
+          };
+          return transposed ? write(M(m.view().transposed())) : write(m);
         }
       },
       base);
+}
+
+/// The same as bitsandbytes' tensors; the fingerprint is that of the codes.
+std::string write_packed(io::SafeTensorsWriter& out, const TensorView& weight, const QuantizedMatrix<float>& q) {
+  std::string print;
+  for (const auto& part : io::bitsandbytes_tensors(weight.name(), q, packed_dtype(weight))) {
+    out.write(part.spec.name, part.bytes);
+    if (part.spec.name == weight.name()) print = io::fingerprint(part.spec.dtype, part.spec.shape, part.bytes);
+  }
+  return print;
+}
+
+/// What transformers needs in config.json to load packed weights: which layers are, and how.
+std::string with_quantization_config(const std::string& path, const std::string& text, const Options& o,
+                                     const Modules& modules, const std::vector<bool>& packed) {
+  Json config = io::detail::parse_json(path, text);
+  if (!config.is_object()) throw IoError(path, "must hold a JSON object");
+  Json plain = Json::array();
+  std::string compute = "float32";
+  for (std::size_t i = 0; i < packed.size(); ++i) {
+    if (packed[i])
+      compute = packed_dtype(modules.weights[i]);
+    else if (modules.infos[i].kind == ModuleKind::linear)
+      plain.push_back(modules.infos[i].name);
+  }
+  config["quantization_config"] = {{"quant_method", "bitsandbytes"},
+                                   {"load_in_4bit", true},
+                                   {"load_in_8bit", false},
+                                   {"bnb_4bit_quant_type", "nf4"},
+                                   {"bnb_4bit_use_double_quant", o.method.double_quantise},
+                                   {"bnb_4bit_compute_dtype", compute},
+                                   {"bnb_4bit_quant_storage", "uint8"},
+                                   {"llm_int8_skip_modules", std::move(plain)}};
+  return config.dump(2) + "\n";
 }
 
 /// What the packed form of a weight will be, before there is one: the same tensors with the sizes known from the shape.
@@ -87,7 +123,7 @@ void check_shapes(const Options& o, const Modules& modules, const TargetSelectio
 }
 
 /// Modules to which EVA gave nothing carry no adapter.
-void leave_out_rank_zero(const Options& o, TargetSelection& chosen, EvaPlan& plan) {
+void leave_out_rank_zero(const Options& o, TargetSelection& chosen, EvaPlan& plan, std::vector<std::string>& notes) {
   std::size_t kept = 0;
   Index total = 0;
   for (std::size_t k = 0; k < plan.ranks.size(); ++k) {
@@ -99,10 +135,10 @@ void leave_out_rank_zero(const Options& o, TargetSelection& chosen, EvaPlan& pla
   }
   const std::size_t none = plan.ranks.size() - kept;
   if (kept == 0) throw IoError(o.activations, "the activations do not vary: no module has a direction to adapt");
-  if (none > 0) note(o.common, lowrank::detail::text("eva: ", none, " modules explain too little to get a rank"));
+  if (none > 0) notes.push_back(lowrank::detail::text("eva: ", none, " modules explain too little to get a rank"));
   if (total < o.method.rank * Index(plan.ranks.size()))
-    note(o.common, lowrank::detail::text("eva: the activations have only ", total, " directions for ranks of ",
-                                         o.method.rank * Index(plan.ranks.size()), " in all"));
+    notes.push_back(lowrank::detail::text("eva: the activations have only ", total, " directions for ranks of ",
+                                          o.method.rank * Index(plan.ranks.size()), " in all"));
   chosen.selected.resize(kept);
   plan.inputs.erase(plan.inputs.begin() + std::ptrdiff_t(kept), plan.inputs.end());
   plan.ranks.resize(kept);
@@ -119,6 +155,15 @@ Json module_report(const std::string& name, const Outcome& o) {
     j["error"] = o.error;
   }
   return j;
+}
+
+/// --block-size as the quantised methods have it, whatever the method.
+std::string check_block_size(const std::string& text) {
+  Index size = 0;
+  const bool number = CLI::detail::lexical_cast(text, size);
+  return number && size >= 32 && size <= 4096 && (size & (size - 1)) == 0
+             ? std::string()
+             : "must be a power of two from 32 to 4096, got " + text;
 }
 
 void run(Options& o) {
@@ -138,14 +183,14 @@ void run(Options& o) {
   TargetSelection chosen = o.targets.select(modules);
   check_shapes(o, modules, chosen);
   expect_different(o.checkpoint, o.output);
-  note(o.common, chosen.summary());
   const std::string base_directory = (fs::path(o.output) / "base").string();
   const bool changed = changes_base(o.method.method);
   const bool eva = o.method.method == "eva";
+  std::vector<std::string> notes;  // said when the work is done: an error is one line alone
   EvaPlan plan;
   if (eva) {
     plan = plan_eva(o.method, modules, chosen.selected, o.fan_in_fan_out, o.seed);
-    leave_out_rank_zero(o, chosen, plan);
+    leave_out_rank_zero(o, chosen, plan, notes);
   }
   const auto rank_of = [&](std::size_t k) { return eva ? plan.ranks[k] : o.method.rank; };
 
@@ -157,17 +202,18 @@ void run(Options& o) {
   adapter.config.fan_in_fan_out = o.fan_in_fan_out;
   adapter.config.task_type = "CAUSAL_LM";
   adapter.config.target_modules = target_list(modules, chosen.selected);
-  adapter.config.base_model_name_or_path = changed ? base_directory : o.checkpoint;
-  adapter.metadata["lowrank_method"] = o.method.method;
-  if (changed) {
-    adapter.metadata[io::base_metadata_key] = quantises(o.method.method) ? "quantized" : "residual";
-    adapter.metadata["lowrank_original_base"] = o.checkpoint;
-  }
+  adapter.config.base_model_name_or_path = absolute_path(changed ? base_directory : o.checkpoint);
+  adapter.metadata[io::method_metadata_key] = o.method.method;
+  if (changed)
+    adapter.changed_base = io::ChangedBase{.kind = quantises(o.method.method) ? "quantized" : "residual",
+                                           .method = o.method.method,
+                                           .original = absolute_path(o.checkpoint)};
   Index parameters = 0;
   std::uint64_t total_bytes = 0;
   for (std::size_t k = 0; k < chosen.selected.size(); ++k) {
     const std::size_t i = chosen.selected[k];
-    parameters += rank_of(k) * (modules.infos[i].rows + modules.infos[i].cols);
+    const ModuleInfo& m = modules.infos[i];
+    parameters += rank_of(k) * (m.rows + m.cols) + (!o.dora ? 0 : o.fan_in_fan_out ? m.cols : m.rows);
     total_bytes += modules.weights[i].bytes().size();
   }
   Json report = {{"command", "init"},
@@ -206,7 +252,8 @@ void run(Options& o) {
     m.factors = std::move(out.factors);
     m.dtype = factor_dtype(o.method.dtype);
     round_factors(m.factors, m.dtype);  // nothing changes where the method rounded already
-    if (o.dora) m.magnitude = row_norms(weight, o.fan_in_fan_out);
+    if (o.dora)
+      m.magnitude = quantises(o.method.method) ? row_norms(out.base, m.factors) : row_norms(weight, o.fan_in_fan_out);
     if (out.report.total_energy > 0)
       captured_least = std::min(captured_least, out.report.captured_energy / out.report.total_energy);
     converged = converged && out.report.converged;
@@ -217,11 +264,11 @@ void run(Options& o) {
   };
   std::vector<bool> selected(modules.infos.size());
   for (const std::size_t i : chosen.selected) selected[i] = true;
-  // One stream of random numbers a module, whatever else is selected or how the checkpoint is sharded.
-  const auto seed_of = [&](std::size_t i) { return CounterRng(o.seed, 1).bits(i); };
+  const auto seed_of = [&](std::size_t i) { return CounterRng(o.seed, 1).bits(module_stream(modules.infos[i].name)); };
 
   const auto started = std::chrono::steady_clock::now();
   std::unique_ptr<Finishing> finishing;  // of base and adapter together: one without the other is of no use
+  io::StagedFiles files;
   if (changed) {
     const auto rewrite = [&](const TensorView& t) -> std::optional<io::TensorRewrite> {
       const auto suffix = std::string_view(".weight").size();
@@ -243,19 +290,24 @@ void run(Options& o) {
             times.compute += since(clock);
             throw_if_interrupted();
             clock = std::chrono::steady_clock::now();
-            if (o.packed)
-              for (const auto& part : io::bitsandbytes_tensors(weight.name(), outcome.quantised, packed_dtype(weight)))
-                out.write(part.spec.name, part.bytes);
-            else
-              write_base(out, weight.name(), outcome.base, transposed);
+            adapter.changed_base->weights[weight.name()] = o.packed ? write_packed(out, weight, outcome.quantised)
+                                                                    : write_base(out, weight, outcome.base, transposed);
             times.write += since(clock);
             keep(modules.infos[i], weight, std::move(outcome));
           }};
     };
     auto clock = std::chrono::steady_clock::now();
-    finishing = rewrite_interruptibly(o.common, o.method.method, checkpoint, base_directory, rewrite);
+    files = stage_interruptibly(o.common, o.method.method, checkpoint, base_directory, rewrite, finishing);
     times.write += std::max(0.0, since(clock) - times.read - times.compute - times.write);  // copies and fsync
-    copy_model_files(o.checkpoint, base_directory);
+    std::function<std::string(const std::string&, std::string)> change;
+    if (o.packed)
+      change = [&](const std::string& path, const std::string& text) {
+        return with_quantization_config(path, text, o, modules, selected);
+      };
+    if (!stage_model_files(o.checkpoint, base_directory, files, change) && o.packed)
+      notes.emplace_back("there is no config.json beside the checkpoint to say that the base is in 4 bits");
+    files.add_text((fs::path(base_directory) / io::changed_base_file).string(),
+                   io::changed_base_text(*adapter.changed_base));
   } else {
     Progress progress(o.common, o.method.method, total_bytes);
     for (std::size_t k = 0; k < chosen.selected.size(); ++k) {
@@ -277,10 +329,12 @@ void run(Options& o) {
             [](const auto& a, const auto& b) { return a.name < b.name; });
   if (eva) describe_modules(adapter);  // ranks and alphas that differ become patterns
   const auto clock = std::chrono::steady_clock::now();
-  io::write_peft(o.output, adapter);
+  files.append(io::stage_peft(o.output, adapter));
+  files.commit();
   finishing.reset();
   times.write += since(clock);
   const double seconds = since(started);
+  report["parameters"] = parameters = adapter.parameters();
   report["seconds"] = {{"total", seconds}, {"read", times.read}, {"compute", times.compute}, {"write", times.write}};
   report["converged"] = converged;
   report["modules"] = std::move(module_reports);
@@ -298,6 +352,7 @@ void run(Options& o) {
   text += time_text(seconds) + ": reading " + time_text(times.read) + ", computing " + time_text(times.compute) +
           ", writing " + time_text(times.write) + "\n" + "wrote " + o.output +
           (changed ? " and " + base_directory : "") + "\n";
+  for (const std::string& line : notes) note(o.common, line);
   if (!converged) note(o.common, "some decompositions stopped before their tolerance; see --json");
   print(o.common, report, text);
 }
@@ -328,7 +383,9 @@ void add_init(CLI::App& app) {
   sub->add_option("--iters", o->method.iterations, "Iterations of loftq and qpissa")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
-  sub->add_option("--block-size", o->method.block_size, "Elements that share a scale")->capture_default_str();
+  sub->add_option("--block-size", o->method.block_size, "Elements that share a scale")
+      ->capture_default_str()
+      ->check(CLI::Validator(check_block_size, "POWER OF TWO"));
   sub->add_flag("--double-quant", o->method.double_quantise, "Quantise the scales too");
   sub->add_flag("--packed", o->packed, "Keep the base as 4-bit codes, as bitsandbytes stores them");
   sub->add_option("--activations", o->activations,

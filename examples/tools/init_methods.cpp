@@ -12,6 +12,7 @@
 #include <lowrank/init/orthogonal.hpp>
 #include <lowrank/init/pissa.hpp>
 #include <lowrank/init/qpissa.hpp>
+#include <lowrank/quant/merge_report.hpp>
 
 namespace lowrank::tool {
 namespace {
@@ -216,7 +217,7 @@ EvaPlan plan_eva(const MethodOptions& o, const Modules& modules, const std::vect
     ActivationSvdOptions a;
     a.components = std::min({in, info.rows, info.cols, Index(std::ceil(o.rho * double(o.rank)))});
     a.centre = o.centre && !entry.covariance;
-    a.seed = CounterRng(seed, 1).bits(i);
+    a.seed = CounterRng(seed, 1).bits(module_stream(info.name));
     const Matrix<float> X = o.data->matrix(entry.name);
     plan.inputs.push_back(named(*o.data, entry.name, [&] {
       if (entry.covariance) return ActivationSvd<float>::from_covariance(X, 1, a);
@@ -296,6 +297,21 @@ std::vector<float> row_norms(const io::TensorView& weight, bool transposed) {
     }
     return norms;
   });
+}
+
+std::vector<float> row_norms(const BaseStorage& base, const LoraFactors<float>& factors) {
+  std::vector<float> norms(std::size_t(factors.out_features()));
+  std::visit(
+      [&]<class M>(const M& W) {
+        if constexpr (!std::is_same_v<M, std::monostate>)
+          lowrank::detail::for_delta_rows(factors, [&](Index i, const float* delta) {
+            double sum = 0;
+            for (Index j = 0; j < W.cols(); ++j) sum += std::pow(double(W(i, j)) + double(delta[j]), 2);
+            norms[std::size_t(i)] = float(std::sqrt(sum));
+          });
+      },
+      base);
+  return norms;
 }
 
 }  // namespace lowrank::tool

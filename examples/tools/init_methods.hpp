@@ -65,5 +65,7 @@ Outcome initialise(const MethodOptions& o, const io::TensorView& weight, const M
 
 /// DoRA's magnitudes at the start, where base + s·B·A = W: the row norms of W.
 std::vector<float> row_norms(const io::TensorView& weight, bool transposed);
+/// The same where base + s·B·A is not W, because the base is quantised: the row norms of that sum.
+std::vector<float> row_norms(const BaseStorage& base, const LoraFactors<float>& factors);
 
 }  // namespace lowrank::tool

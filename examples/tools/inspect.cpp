@@ -65,7 +65,7 @@ void inspect_adapter(const Options& o) {
     text += m.name + "  " + kind + " " + std::to_string(f.out_features()) + "x" + std::to_string(f.in_features()) +
             "  rank " + std::to_string(f.rank()) + "  scale " + scale + "\n";
   }
-  const auto base = a.metadata.find(io::base_metadata_key);
+  const std::string base = a.changed_base ? a.changed_base->kind : "original";
   Json report = {{"format", "peft"},
                  {"rank", a.config.r},
                  {"alpha", a.config.lora_alpha},
@@ -74,14 +74,16 @@ void inspect_adapter(const Options& o) {
                  {"target_modules", a.config.target_expression.empty() ? Json(a.config.target_modules)
                                                                        : Json(a.config.target_expression)},
                  {"base_model", a.config.base_model_name_or_path},
-                 {"base", base == a.metadata.end() ? "original" : base->second},
+                 {"base", base},
+                 {"init_method", a.changed_base ? Json(a.changed_base->method) : Json(nullptr)},
+                 {"base_fingerprints", a.changed_base ? a.changed_base->weights.size() : 0},
                  {"parameters", a.parameters()},
                  {"saved_tensors", a.saved.size()},
                  {"unknown_config_keys", a.config.unknown_keys},
                  {"modules", std::move(modules)}};
   text += std::to_string(a.modules.size()) + " modules, " + std::to_string(a.parameters()) + " parameters, rank " +
           std::to_string(a.config.r) + (a.config.use_rslora ? ", rank-stabilised scale" : "") +
-          (a.config.use_dora ? ", DoRA" : "") + (base == a.metadata.end() ? "" : ", base: " + base->second) + "\n";
+          (a.config.use_dora ? ", DoRA" : "") + (a.changed_base ? ", base: " + base : "") + "\n";
   for (const std::string& key : a.config.unknown_keys)
     note(o.common, "adapter_config.json: unknown key '" + key + "' ignored");
   print(o.common, report, text);

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // lowrank merge: an adapter into its base, with a report of what the base's storage kept of the update.
 #include <lowrank/adapter/merge.hpp>
-#include <lowrank/init/initialised.hpp>
 #include <lowrank/quant/merge_report.hpp>
 
 #include <filesystem>
 #include <map>
+#include <set>
 
 #include "merge_packed.hpp"
 #include "models.hpp"
@@ -18,7 +18,67 @@ struct Options {
   Common common;
   std::string base, adapter, output;
   double min_correlation = 0.9;
-  bool allow_lossy = false, dry_run = false;
+  bool allow_lossy = false, changed_base = false, dry_run = false;
+  [[nodiscard]] RequantiseOptions limits() const {  // a dry run reports what would be refused
+    return {.min_correlation = min_correlation, .allow_lossy = allow_lossy || dry_run};
+  }
+};
+
+/// What tells whether a base is the one an adapter stands on.
+class BaseCheck {
+ public:
+  /// **Throws** IoError where it is plain that it is not, or cannot be known.
+  BaseCheck(const Options& o, const io::PeftAdapter& adapter, const io::Checkpoint& base)
+      : path_(o.adapter), base_(o.base), mark_(adapter.changed_base), trusted_(o.changed_base) {
+    if (!mark_) {
+      const auto of_base = io::read_changed_base(model_directory(base_));
+      if (of_base && !trusted_)
+        throw IoError(path_, "carries no mark that it stands on " + base_ + ", " +
+                                 changed_base_phrase(*of_base, "another") + "; say " + changed_base_flag +
+                                 " if it was trained on that");
+      return;
+    }
+    if (mark_->weights.empty() && !trusted_) refuse("and nothing in it tells whether " + base_ + " is that one");
+    for (const auto& [name, print] : mark_->weights) {
+      const auto suffix = std::string_view(".weight").size();
+      if (!base.find(name))
+        refuse_or_count(name, "which has no such weight");
+      else if (name.size() <= suffix || adapter.find(name.substr(0, name.size() - suffix)) == nullptr)
+        refuse_or_count(name, "and the adapter has no factors for that weight, which was changed too");
+    }
+  }
+  /// Looks at a weight, before it is merged into.
+  void expect(const io::TensorView& weight) {
+    if (!mark_) return;
+    const auto known = mark_->weights.find(weight.name());
+    if (known != mark_->weights.end() && known->second != io::fingerprint(weight))
+      refuse_or_count(weight.name(), "and this weight is another one there");
+  }
+  /// "original": nothing says otherwise; "confirmed" by all fingerprints; "asserted" by the user.
+  [[nodiscard]] const char* verdict() const {
+    return !mark_ && !trusted_                                      ? "original"
+           : mark_ && strangers_.empty() && !mark_->weights.empty() ? "confirmed"
+                                                                    : "asserted";
+  }
+  [[nodiscard]] std::size_t strangers() const { return strangers_.size(); }
+
+ private:
+  [[noreturn]] void refuse(const std::string& why, const std::string& weight = {}) const {
+    const std::string what = "stands on " + changed_base_phrase(*mark_) + ", " + why + "; merge into that base, or " +
+                             (mark_->kind == "residual" ? "`undo` the adapter first, or " : "") + "say " +
+                             changed_base_flag + " if you know that the base is the right one";
+    if (weight.empty()) throw IoError(path_, what);
+    throw IoError(path_, weight, what);
+  }
+  void refuse_or_count(const std::string& weight, const std::string& why) {
+    if (!trusted_) refuse("not on " + base_ + ", " + why, weight);
+    strangers_.insert(weight);
+  }
+
+  std::string path_, base_;
+  std::optional<io::ChangedBase> mark_;
+  bool trusted_;
+  std::set<std::string> strangers_;
 };
 
 /// A tensor's elements as a matrix of S: rows of the first extent, everything else folded (a convolution's kernel).
@@ -31,12 +91,12 @@ Matrix<S> folded(const io::TensorView& t) {
   return m;
 }
 
-/// ΔW as it lies on the stored weight: transposed for embeddings and in×out storage.
+/// ΔW as it lies on the stored weight.
 template <class T>
 LoraFactors<T> stored_factors(const io::AdapterModule& m, bool fan_in_fan_out) {
   LoraFactors<T> f;
   f.scale = T(m.factors.scale);
-  if (m.kind == ModuleKind::embedding || (fan_in_fan_out && m.kind == ModuleKind::linear)) {
+  if (lies_transposed(m.kind, fan_in_fan_out)) {
     f.A = Matrix<T>(m.factors.B.view().transposed());
     f.B = Matrix<T>(m.factors.A.view().transposed());
   } else {
@@ -46,36 +106,37 @@ LoraFactors<T> stored_factors(const io::AdapterModule& m, bool fan_in_fan_out) {
   return f;
 }
 
-/// DoRA: rows of W + s·B·A scaled to the magnitudes. The report compares with the exact result.
+/// DoRA in place: rows of W + s·B·A scaled to the magnitudes, W out×in. The update that counts is the whole change of
+/// W.
+/// **Throws** as checked_merge; W is then of no use.
 template <class S, class T>
-MergeReport merge_dora(MatrixView<S> W, const LoraFactors<T>& f, const std::vector<float>& magnitude) {
-  const Matrix<T> delta = delta_weight(f);
-  MergeReport report;
-  double dot = 0, lost = 0;
-  Index changed = 0;
-  for (Index i = 0; i < W.rows(); ++i) {
+MergeReport merge_dora(MatrixView<S> W, const LoraFactors<T>& f, const std::vector<float>& magnitude,
+                       const RequantiseOptions& o) {
+  lowrank::detail::check_merge_shapes("merge", f, W.rows(), W.cols());
+  lowrank::detail::expect_shape("merge", "lora_magnitude_vector", Index(magnitude.size()), Index(1), W.rows(),
+                                Index(1));
+  lowrank::detail::MergeSums sums(W.rows());
+  lowrank::detail::for_delta_rows(f, [&](Index i, const T* delta) {
     double norm = 0;
-    for (Index j = 0; j < W.cols(); ++j) norm += std::pow(double(W(i, j)) + double(delta(i, j)), 2);
-    const double factor = norm > 0 ? double(magnitude[std::size_t(i)]) / std::sqrt(norm) : 0;
+    for (Index j = 0; j < W.cols(); ++j) norm += std::pow(double(W(i, j)) + double(delta[j]), 2);
+    // A row of zeros has no direction to give the magnitude to.
+    const double factor = norm > 0 ? double(magnitude[std::size_t(i)]) / std::sqrt(norm) : norm;
+    Index changed = 0;
     for (Index j = 0; j < W.cols(); ++j) {
-      const double before = double(W(i, j)), exact = factor * (before + double(delta(i, j)));
-      const S after = S(T(exact));
-      const double intended = exact - before, effective = double(after) - before;
-      changed += double(after) != before;
-      report.intended_norm += intended * intended;
-      report.effective_norm += effective * effective;
-      report.weight_norm += before * before;
-      dot += intended * effective;
-      lost += (effective - intended) * (effective - intended);
-      W(i, j) = after;
+      const double before = double(W(i, j)), exact = factor * (before + double(delta[j]));
+      W(i, j) = S(T(exact));
+      changed += double(W(i, j)) != before;
+      sums.add(i, before, double(W(i, j)), exact - before);
     }
+    sums.count_changed(i, changed);
+  });
+  MergeReport report = sums.report(double(W.size()));
+  if (!std::isfinite(report.effective_norm) || !std::isfinite(report.intended_norm))
+    throw NonFiniteError("merge: the merged weight is not finite in its storage type");
+  if (report.correlation < o.min_correlation && !o.allow_lossy) {
+    report.suggestion = "float, or keep the adapter apart";
+    lowrank::detail::refuse("merge", report, o);
   }
-  for (double* x : {&report.intended_norm, &report.effective_norm, &report.weight_norm}) *x = std::sqrt(*x);
-  report.changed_share = W.size() > 0 ? double(changed) / double(W.size()) : 0;
-  report.correlation = report.intended_norm == 0    ? 1
-                       : report.effective_norm == 0 ? 0
-                                                    : dot / report.intended_norm / report.effective_norm;
-  report.lost = report.intended_norm > 0 ? std::sqrt(lost) / report.intended_norm : 0;
   return report;
 }
 
@@ -85,17 +146,17 @@ std::vector<std::byte> merged_bytes(const Options& o, const io::TensorView& t, c
                                     bool fan_in_fan_out, MergeReport& report) {
   using T = arithmetic_of<S>;
   Matrix<S> W = folded<S>(t);
-  if (m.magnitude.empty()) {
-    const RequantiseOptions limits{.min_correlation = o.min_correlation, .allow_lossy = o.allow_lossy};
-    try {
-      report = checked_merge<T>(W, stored_factors<T>(m, fan_in_fan_out), limits);
-    } catch (const MergeRefused& e) {
-      t.fail(std::string(e.what()) + " (--allow-lossy merges anyway)");
-    } catch (const Error& e) {
-      t.fail(e.what());
-    }
-  } else {
-    report = merge_dora(fan_in_fan_out ? W.view().transposed() : W.view(), stored_factors<T>(m, false), m.magnitude);
+  try {
+    if (m.magnitude.empty())
+      report = checked_merge<T>(W, stored_factors<T>(m, fan_in_fan_out), o.limits());
+    else
+      report = merge_dora(lies_transposed(m.kind, fan_in_fan_out) ? W.view().transposed() : W.view(),
+                          LoraFactors<T>{Matrix<T>(m.factors.A), Matrix<T>(m.factors.B), T(m.factors.scale)},
+                          m.magnitude, o.limits());
+  } catch (const MergeRefused& e) {
+    t.fail(std::string(e.what()) + " (--allow-lossy merges anyway)");
+  } catch (const Error& e) {
+    t.fail(e.what());
   }
   const auto bytes = std::as_bytes(std::span(W.data(), std::size_t(W.size())));
   return {bytes.begin(), bytes.end()};
@@ -129,11 +190,7 @@ void run(const Options& o) {
   expect_different(o.adapter, o.output);
   const io::Checkpoint base(o.base);
   const io::PeftAdapter adapter = io::read_peft(o.adapter);
-  if (const auto original = adapter.metadata.find("lowrank_original_base"); original != adapter.metadata.end()) {
-    std::error_code ignored;
-    if (fs::equivalent(original->second, o.base, ignored) && !ignored)
-      throw IoError(o.adapter, "stands on the base that was written beside it, not on the original " + o.base);
-  }
+  BaseCheck check(o, adapter, base);
   const Modules modules(base, true);
   std::string summary;
   const std::vector<std::size_t> where = match_adapter(o.adapter, adapter, modules, summary);
@@ -176,9 +233,10 @@ void run(const Options& o) {
     replaced[name] = &t;
   }
   // An output head tied to the embedding has no tensor of its own: adapting the embedding would change both.
+  std::vector<std::string> notes;  // said when the work is done: an error is one line alone
   if (adapter.find("model.embed_tokens") != nullptr && !base.find("lm_head.weight"))
-    note(o.common,
-         "the output head is tied to the embedding: merging changes both, unmerged only the embedding was adapted");
+    notes.push_back(
+        "the output head is tied to the embedding: merging changes both, unmerged only the embedding was adapted");
 
   Json reports = Json::array();
   double changed = 0, values = 0, intended2 = 0, lost2 = 0, worst = 1;
@@ -196,15 +254,14 @@ void run(const Options& o) {
                        {"effective_norm", r.effective_norm},
                        {"weight_norm", r.weight_norm}});
   };
-  // A dry run reports what would be refused.
-  const RequantiseOptions limits{.min_correlation = o.min_correlation, .allow_lossy = o.allow_lossy || o.dry_run};
   const auto size_of = [&](std::size_t k) {
     return modules.infos[where[k]].rows > 0 ? modules.infos[where[k]].rows * modules.infos[where[k]].cols
                                             : modules.weights[where[k]].size();
   };
   PackedMerge packed(
-      base, limits,
+      base, o.limits(),
       [&](const std::string& weight) {
+        check.expect(base[weight]);
         return stored_factors<float>(adapter.modules[of_tensor.at(weight)], adapter.config.fan_in_fan_out);
       },
       [&](const std::string& weight, const MergeReport& r) {
@@ -230,6 +287,7 @@ void run(const Options& o) {
     if (k == of_tensor.end()) return std::nullopt;
     return io::TensorRewrite{{{t.name(), t.dtype(), t.shape()}}, [&, t, k = k->second](io::SafeTensorsWriter& out) {
                                MergeReport r;
+                               check.expect(t);
                                out.write(t.name(), merged(o, t, adapter.modules[k], adapter.config.fan_in_fan_out, r));
                                account(adapter.modules[k].name, t.size(), r);
                              }};
@@ -238,20 +296,29 @@ void run(const Options& o) {
     for (std::size_t k = 0; k < where.size(); ++k) {
       throw_if_interrupted();
       MergeReport r;
-      Options lossy = o;
-      lossy.allow_lossy = true;
       const io::TensorView& weight = modules.weights[where[k]];
-      if (weight.dtype() == io::Dtype::U8)
+      if (weight.dtype() == io::Dtype::U8) {
         r = packed.report(weight.name());
-      else
-        (void)merged(lossy, weight, adapter.modules[k], adapter.config.fan_in_fan_out, r);
+      } else {
+        check.expect(weight);
+        (void)merged(o, weight, adapter.modules[k], adapter.config.fan_in_fan_out, r);
+      }
       modules.weights[where[k]].drop();
       account(adapter.modules[k].name, size_of(k), r);
     }
   } else {
-    const auto finishing = rewrite_interruptibly(o.common, "merge", base, o.output, rewrite);
-    if (!o.output.ends_with(".safetensors")) copy_model_files(o.base, o.output);
+    std::unique_ptr<Finishing> finishing;
+    io::StagedFiles files = stage_interruptibly(o.common, "merge", base, o.output, rewrite, finishing);
+    if (!o.output.ends_with(".safetensors")) {
+      (void)stage_model_files(o.base, o.output, files);
+      files.remove((fs::path(o.output) / io::changed_base_file).string());  // what was here may have been another base
+    }
+    files.commit();
   }
+  if (check.strangers() > 0)
+    notes.push_back(
+        lowrank::detail::text(check.strangers(), " weights of the base are not the ones the adapter was made with"));
+  for (const std::string& line : notes) note(o.common, line);
   const double lost = intended2 > 0 ? std::sqrt(lost2 / intended2) : 0, share = values > 0 ? changed / values : 0;
   const Json report = {{"command", "merge"},
                        {"applied", where.size()},
@@ -259,6 +326,7 @@ void run(const Options& o) {
                        {"changed_share", share},
                        {"lost", lost},
                        {"least_correlation", worst},
+                       {"base", check.verdict()},
                        {"output", o.output},
                        {"dry_run", o.dry_run},
                        {"modules", std::move(reports)}};
@@ -279,6 +347,8 @@ void add_merge(CLI::App& app) {
       ->capture_default_str()
       ->check(CLI::Range(-1.0, 1.0));
   sub->add_flag("--allow-lossy", o->allow_lossy, "Merge whatever is lost");
+  sub->add_flag(changed_base_flag, o->changed_base,
+                "BASE is the base that was changed with the adapter (PiSSA, LoftQ, ...), whatever the marks say");
   sub->add_flag("--dry-run", o->dry_run, "Report what would be lost, write nothing");
   sub->callback([o] { run(*o); });
 }

@@ -107,7 +107,7 @@ std::vector<std::size_t> match_adapter(const std::string& path, const io::PeftAd
     }
     const ModuleInfo& info = modules.infos[*at];
     Index out = m.factors.out_features(), in = m.factors.in_features();
-    if (module_is_transposed(adapter.config, m.kind)) std::swap(out, in);
+    if (lies_transposed(m.kind, adapter.config.fan_in_fan_out)) std::swap(out, in);
     if (m.kind != ModuleKind::conv && (info.rows != out || info.cols != in)) {
       lost.push_back(m.name + " (weight is " + lowrank::detail::shape_text(info.rows, info.cols) + ", adapter " +
                      lowrank::detail::shape_text(out, in) + ")");
@@ -130,15 +130,68 @@ void expect_different(const std::string& input, const std::string& output) {
   if (fs::equivalent(input, output, failed) && !failed) throw IoError(output, "is both input and output");
 }
 
-void copy_model_files(const std::string& checkpoint, const std::string& directory) {
+std::string absolute_path(const std::string& path) {
+  std::string text = fs::absolute(path).lexically_normal().string();
+  while (text.size() > 1 && text.back() == '/') text.pop_back();
+  return text;
+}
+
+std::string model_directory(const std::string& checkpoint) {
   std::error_code ignored;
-  if (!fs::is_directory(checkpoint, ignored)) return;
-  for (const char* name : {"config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
-                           "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"}) {
-    const fs::path from = fs::path(checkpoint) / name;
-    if (fs::is_regular_file(from, ignored))
-      io::write_text((fs::path(directory) / name).string(), io::read_text(from.string()));
+  return fs::is_directory(checkpoint, ignored) ? checkpoint : fs::absolute(checkpoint).parent_path().string();
+}
+
+std::string changed_base_phrase(const io::ChangedBase& base, const std::string& it) {
+  return "a base that was changed with " + it + " (" + (base.method.empty() ? "" : base.method + ", ") + base.kind +
+         ")";
+}
+
+namespace {
+
+constexpr std::uint64_t small_file = std::uint64_t(256) << 20;  // tokenizers have tens of megabytes
+
+/// Not the weights of any framework, nor what would make the output pass for an adapter or carry the input's mark.
+bool belongs_to_model(const fs::path& name) {
+  static constexpr std::array<std::string_view, 13> weights{".safetensors", ".bin",  ".pt",    ".pth", ".ckpt",
+                                                            ".gguf",        ".ggml", ".h5",    ".npz", ".npy",
+                                                            ".msgpack",     ".onnx", ".tflite"};
+  const std::string text = name.string(), extension = name.extension().string();
+  return text[0] != '.' && !lowrank::detail::is_one_of(extension, weights) && !text.ends_with(".index.json") &&
+         text.find(".partial-") == std::string::npos && text != "adapter_config.json" && text != io::changed_base_file;
+}
+
+/// The names that such files have beside a checkpoint that is one file among who knows what.
+bool has_usual_name(const fs::path& name) {
+  static constexpr std::array<std::string_view, 6> names{"config.json",       "generation_config.json",
+                                                         "added_tokens.json", "special_tokens_map.json",
+                                                         "vocab.json",        "merges.txt"};
+  const std::string text = name.string();
+  return lowrank::detail::is_one_of(text, names) ||
+         (belongs_to_model(name) && (text.starts_with("tokenizer") || text.starts_with("chat_template")));
+}
+
+}  // namespace
+
+bool stage_model_files(const std::string& checkpoint, const std::string& directory, io::StagedFiles& files,
+                       const std::function<std::string(const std::string& path, std::string text)>& change) {
+  std::error_code ignored;
+  const bool whole = fs::is_directory(checkpoint, ignored);
+  const fs::path from = model_directory(checkpoint);
+  std::set<fs::path> names;
+  for (const fs::directory_entry& e : fs::directory_iterator(from, ignored)) {
+    const fs::path name = e.path().filename();
+    if (!(whole ? belongs_to_model(name) : has_usual_name(name)) || !e.is_regular_file(ignored)) continue;
+    if (e.file_size(ignored) <= small_file) names.insert(name);
   }
+  const bool configured = names.contains("config.json");
+  if (!whole && !configured) return false;
+  for (const fs::path& name : names) {
+    std::string text = io::read_text((from / name).string());
+    const bool config = name == "config.json";  // without it a directory is no model
+    if (config && change) text = change((from / name).string(), std::move(text));
+    files.add_text((fs::path(directory) / name).string(), text, config);
+  }
+  return configured;
 }
 
 std::string number(double x) {

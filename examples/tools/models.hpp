@@ -3,6 +3,7 @@
 // must fit a base.
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -75,17 +76,14 @@ auto with_weight(const io::TensorView& t, F&& f) {
 LoraFactors<float> to_float(LoraFactors<double>&& f);
 inline LoraFactors<float> to_float(LoraFactors<float>&& f) { return std::move(f); }
 
+/// The stream of random numbers of a module: from its name, so that it depends on neither what else is selected nor how
+/// the checkpoint is laid out.
+inline std::uint64_t module_stream(std::string_view name) { return io::xxh64(name); }
+
 /// "f32", "bf16", "f16" of an option.
 io::Dtype factor_dtype(const std::string& name);
 /// Rounds the factors to the type they will be stored in.
 void round_factors(LoraFactors<float>& f, io::Dtype dtype);
-
-/// Whether a module's weight is stored as the transpose of its update B·A: an embedding's table (vocabulary×dim)
-/// always, a linear layer's where the configuration says so (GPT-2's Conv1D), as PEFT has it; the flag says nothing of
-/// other kinds.
-inline bool module_is_transposed(const io::PeftConfig& config, ModuleKind kind) {
-  return kind == ModuleKind::embedding || (config.fan_in_fan_out && kind == ModuleKind::linear);
-}
 
 /// For every module of the adapter, the index of the weight it belongs to. Throws IoError listing modules without a
 /// weight of the right shape; `summary` receives "N of M modules of the adapter applied".
@@ -95,26 +93,46 @@ std::vector<std::size_t> match_adapter(const std::string& path, const io::PeftAd
 /// Throws IoError when two paths are the same place, whatever they are spelt.
 void expect_different(const std::string& input, const std::string& output);
 
-/// Copies the small files that make a directory a model (config.json, the tokenizer), where they exist.
-void copy_model_files(const std::string& checkpoint, const std::string& directory);
+/// An existing path as it can be found from anywhere.
+std::string absolute_path(const std::string& path);
 
-/// rewrite_checkpoint with a progress bar, stopping between tensors when interrupted. When all of them are computed
-/// nothing stops it any more; that lasts as long as what it returns, for the files that belong beside the new weights.
+/// The directory of a checkpoint: itself, or where the file is.
+std::string model_directory(const std::string& checkpoint);
+
+/// Whether ΔW = s·B·A lies transposed on the stored weight: on embeddings always, on linear layers where they are
+/// stored in x out. PEFT does the same: its embedding layers do not look at fan_in_fan_out.
+inline bool lies_transposed(ModuleKind kind, bool fan_in_fan_out) {
+  return kind == ModuleKind::embedding || (kind == ModuleKind::linear && fan_in_fan_out);
+}
+
+/// "a base that was changed with it (pissa, residual)"; `it` may be another adapter.
+std::string changed_base_phrase(const io::ChangedBase& base, const std::string& it = "it");
+
+/// The flag by which somebody who knows better overrides the marks of a changed base.
+inline constexpr const char* changed_base_flag = "--changed-base";
+
+/// Adds the small files that make a directory a model (config.json, the tokenizer, ...) to those of the output: every
+/// file of a directory that holds no weights and is no part of an adapter; of a single .safetensors file, those beside
+/// it that have the usual names. `change`, where given, may change the text of config.json. Returns whether there was a
+/// config.json.
+bool stage_model_files(const std::string& checkpoint, const std::string& directory, io::StagedFiles& files,
+                       const std::function<std::string(const std::string& path, std::string text)>& change = {});
+
+/// stage_checkpoint with a progress bar, stopping between tensors when interrupted. When all of them are computed
+/// nothing stops it any more: `finishing` lasts until the caller has put everything in place.
 template <class Rewrite>
-[[nodiscard]] std::unique_ptr<Finishing> rewrite_interruptibly(const Common& common, const std::string& what,
-                                                               const io::Checkpoint& from, const std::string& output,
-                                                               Rewrite&& rewrite) {
+[[nodiscard]] io::StagedFiles stage_interruptibly(const Common& common, const std::string& what,
+                                                  const io::Checkpoint& from, const std::string& output,
+                                                  Rewrite&& rewrite, std::unique_ptr<Finishing>& finishing) {
   std::uint64_t bytes = 0;
   from.for_each([&](const io::TensorView& t) { bytes += t.bytes().size(); });
   std::size_t left = from.size();
   Progress progress(common, what, bytes);
-  std::unique_ptr<Finishing> finishing;
-  io::rewrite_checkpoint(from, output, rewrite, [&](const io::TensorView& t) {
+  return io::stage_checkpoint(from, output, rewrite, [&](const io::TensorView& t) {
     progress.advance(t.bytes().size(), t.name());
     throw_if_interrupted();
     if (--left == 0) finishing = std::make_unique<Finishing>();
   });
-  return finishing;
 }
 
 /// "%.4g".

@@ -131,7 +131,7 @@ std::vector<ModulePair> pairs_of(const io::PeftAdapter& adapter, const std::vect
   for (const auto& module : adapter.modules) {
     if (!selected(module.name, filter)) continue;
     const MatrixTensor* w = find_matrix(weights, module.name + ".weight");
-    const bool transposed = module_is_transposed(adapter.config, module.kind);
+    const bool transposed = lies_transposed(module.kind, adapter.config.fan_in_fan_out);
     Index m = module.factors.out_features(), n = module.factors.in_features();
     if (transposed) std::swap(m, n);
     if (w == nullptr)

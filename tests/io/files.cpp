@@ -4,6 +4,7 @@
 
 #include <csignal>
 
+#include "lowrank/io/changed_base.hpp"
 #include "lowrank/io/checkpoint.hpp"
 #include "support.hpp"
 
@@ -188,4 +189,113 @@ TEST_CASE("a rewritten checkpoint keeps what was not replaced, byte for byte, sh
   CHECK(out["a"].to_matrix<float>()(0, 4) == 5);
   CHECK(out["b.extra"].bytes().size() == 2);
   check_error([&] { rewrite_checkpoint(in, dir / "in", keep, [](const TensorView&) {}); }, {"both input and output"});
+}
+
+TEST_CASE("files that belong together: all of the old ones, all of the new ones, or a set without its key") {
+  TempDir dir;
+  const auto put_set = [&](const std::string& text) {
+    for (const char* f : {"set/a", "set/b", "set/key"}) put(dir / f, text);
+  };
+  const auto stage = [&] {
+    StagedFiles s;
+    s.add_text(dir / "set/key", "new", true);
+    for (const char* f : {"set/a", "set/b"}) s.add_text(dir / f, "new");
+    return s;
+  };
+  put_set("old");
+  put(dir / "set/stale", "old");
+  {
+    StagedFiles s = stage();
+    s.remove(dir / "set/stale");
+  }  // never committed
+  for (const char* f : {"set/a", "set/b", "set/key", "set/stale"}) CHECK(get(dir / f) == "old");
+  CHECK(files_in(dir / "set") == 4);
+  {
+    StagedFiles s = stage();
+    s.remove(dir / "set/stale");
+    s.remove(dir / "set/never there");
+    s.commit();
+  }
+  for (const char* f : {"set/a", "set/b", "set/key"}) CHECK(get(dir / f) == "new");
+  CHECK(files_in(dir / "set") == 3);
+  // Something gets in the way of the second file while the first is in place already: as far as a crash there would
+  // get.
+  put_set("old");
+  StagedFiles s = stage();
+  fs::remove(dir / "set/b");
+  fs::create_directory(dir / "set/b");
+  check_error([&] { s.commit(); }, {"set/b"});
+  CHECK(get(dir / "set/a") == "new");
+  CHECK(!fs::exists(dir / "set/key"));
+  // What is removed must be a file.
+  check_error([&] { s.remove(dir / "set/b"); }, {"is a directory"});
+}
+
+TEST_CASE("a sharded checkpoint that was not put in place whole is not read") {
+  TempDir dir;
+  const auto put_shards = [&](const std::string& d, Index n) {
+    put_tensor(dir / (d + "/m-1.safetensors"), "a", n);
+    put_tensor(dir / (d + "/m-2.safetensors"), "b", n);
+    put(dir / (d + "/model.safetensors.index.json"), R"({"weight_map":{"a":"m-1.safetensors","b":"m-2.safetensors"}})");
+  };
+  put_shards("in", 5);
+  put_shards("out", 3);
+  const Checkpoint in(dir / "in");
+  const auto keep = [](const TensorView&) { return std::optional<TensorRewrite>(); };
+  StagedFiles files = stage_checkpoint(in, dir / "out", keep, [](const TensorView&) {});
+  CHECK(Checkpoint(dir / "out")["b"].size() == 3);
+  fs::remove(dir / "out/m-2.safetensors");
+  fs::create_directory(dir / "out/m-2.safetensors");
+  check_error([&] { files.commit(); }, {"m-2.safetensors"});
+  check_error([&] { Checkpoint c(dir / "out"); }, {"neither model.safetensors nor"});
+}
+
+TEST_CASE("weights of another layout do not stay beside new ones, other files do") {
+  TempDir dir;
+  put_tensor(dir / "one/model.safetensors", "a", 2);
+  put_tensor(dir / "two/m-1.safetensors", "a", 5);
+  put_tensor(dir / "two/m-2.safetensors", "b", 4);
+  put(dir / "two/model.safetensors.index.json", R"({"weight_map":{"a":"m-1.safetensors","b":"m-2.safetensors"}})");
+  const auto rewrite = [&](const std::string& from, const std::string& to) {
+    rewrite_checkpoint(
+        Checkpoint(dir / from), dir / to, [](const TensorView&) { return std::optional<TensorRewrite>(); },
+        [](const TensorView&) {});
+  };
+  put(dir / "out/mine.safetensors", "mine");
+  rewrite("one", "out");
+  put_tensor(dir / "out/adapter_model.safetensors", "c", 1);
+  rewrite("two", "out");  // neither the single file nor the adapter is taken for it
+  CHECK(Checkpoint(dir / "out").size() == 2);
+  CHECK(!fs::exists(dir / "out/model.safetensors"));
+  rewrite("one", "out");
+  CHECK(Checkpoint(dir / "out")["a"].size() == 2);
+  for (const char* f : {"out/m-1.safetensors", "out/m-2.safetensors", "out/model.safetensors.index.json"})
+    CHECK(!fs::exists(dir / f));
+  CHECK(get(dir / "out/mine.safetensors") == "mine");
+  // An index that is none says nothing of the files beside it; one that names an input does not cost it its life.
+  put(dir / "out/model.safetensors.index.json", "{");
+  rewrite("one", "out");
+  CHECK(!fs::exists(dir / "out/model.safetensors.index.json"));
+  put(dir / "two/model.safetensors.index.json", R"({"weight_map":{"a":"m-1.safetensors","b":"m-2.safetensors"}})");
+  check_error([&] { rewrite("two/m-2.safetensors", "two"); }, {"m-2.safetensors", "is an input"});
+  CHECK(Checkpoint(dir / "two").size() == 2);
+}
+
+TEST_CASE("XXH64 is the published one, and a fingerprint is of type, shape and every bit") {
+  CHECK(xxh64(std::string_view("")) == 0xEF46DB3751D8E999U);
+  CHECK(xxh64(std::string_view("a")) == 0xD24EC4F1A98C6E5BU);
+  CHECK(xxh64(std::string_view("abc")) == 0x44BC2CF5AD770999U);
+  CHECK(xxh64(std::string_view("Nobody inspects the spammish repetition")) == 0xFBCEA83C8A378BF1U);
+  std::string bytes(96, 'x');
+  const auto print = [&](Dtype d, const Shape& s) { return fingerprint(d, s, bytes_of(bytes)); };
+  const std::string whole = print(Dtype::F32, {4, 6});
+  CHECK(whole.size() == 16);
+  std::set<std::string> seen{whole, print(Dtype::F32, {6, 4}), print(Dtype::I32, {4, 6}), print(Dtype::BF16, {4, 12})};
+  for (std::size_t i = 0; i < bytes.size(); ++i) {
+    bytes[i] = 'y';
+    seen.insert(print(Dtype::F32, {4, 6}));
+    bytes[i] = 'x';
+  }
+  CHECK(seen.size() == 4 + bytes.size());
+  CHECK(print(Dtype::F32, {4, 6}) == whole);
 }

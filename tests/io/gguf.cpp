@@ -209,8 +209,12 @@ TEST_CASE("what llama.cpp would ignore or misread is refused") {
   refuses(good, {"q_proj", "heads"}, {});
   refuses(good, {"q_proj", "3 heads"}, {.heads = 3});
   PeftAdapter a = good;
-  a.metadata[base_metadata_key] = "residual";
+  a.changed_base = ChangedBase{};
   refuses(a, {"changed", "residual"});
+  a = good;
+  a.modules[0].name = "lm_head";
+  CHECK_NOTHROW((void)gguf_adapter(a, {}));
+  refuses(a, {"lm_head", "tie_word_embeddings"}, {.tied_head = true});
   a = good;
   a.modules[0].name = "transformer.h.0.attn.c_attn";
   refuses(a, {"c_attn", "counterpart"});

@@ -254,3 +254,97 @@ TEST_CASE("a configuration that would lie about the factors is not written") {
   check_error<ArgumentError>([&] { write_peft(dir / "a", a); }, {"not finite"});
   CHECK_FALSE(std::filesystem::exists(dir / "a/adapter_config.json"));
 }
+
+TEST_CASE("the mark of a changed base survives: beside the adapter, in its metadata, in the base's directory") {
+  TempDir dir;
+  PeftAdapter a = small_adapter();
+  a.metadata["lowrank_method"] = "pissa";
+  a.changed_base = ChangedBase{.method = "pissa",
+                               .original = "/models/base",
+                               .weights = {{"model.layers.0.mlp.up_proj.weight", "0123456789abcdef"}}};
+  write_peft(dir / "a", a);
+  CHECK(parse_changed_base("f", changed_base_text(*a.changed_base)) == *a.changed_base);
+  PeftAdapter b = read_peft(dir / "a");
+  CHECK(b.changed_base == a.changed_base);
+  CHECK(!b.metadata.contains(base_metadata_key));
+  write_peft(dir / "b", b);
+  for (const char* f : {"adapter_model.safetensors", "adapter_config.json", "lowrank.json"})
+    CHECK(get(dir / (std::string("a/") + f)) == get(dir / (std::string("b/") + f)));
+  std::filesystem::remove(dir / "a/lowrank.json");
+  CHECK(read_peft(dir / "a").changed_base == a.changed_base);
+  // Without either, the base it names.
+  PeftAdapter c = small_adapter();
+  c.config.base_model_name_or_path = dir / "base";
+  write_peft(dir / "c", c);
+  CHECK(!read_peft(dir / "c").changed_base);
+  put(dir / "base/lowrank.json", changed_base_text(*a.changed_base));
+  CHECK(read_peft(dir / "c").changed_base == a.changed_base);
+  // An adapter of the original takes an old mark away; one of an unknown base carries no fingerprints.
+  c.config.base_model_name_or_path.clear();
+  write_peft(dir / "b", c);
+  CHECK(!read_peft(dir / "b").changed_base);
+  a.changed_base = ChangedBase{.kind = "quantized"};
+  write_peft(dir / "b", a);
+  std::filesystem::remove(dir / "b/lowrank.json");
+  CHECK(read_peft(dir / "b").changed_base->kind == "quantized");
+  CHECK(read_peft(dir / "b").changed_base->weights.empty());
+  for (const char* text : {"{", "[]", "{}", R"({"base":"other"})", R"({"base":"residual","weights":[]})",
+                           R"({"base":"residual","weights":{"w":1}})", R"({"base":"residual","method":1})"})
+    check_error([&] { (void)parse_changed_base("mark.json", text); }, {"mark.json"});
+}
+
+TEST_CASE("initialisers by which PEFT changes the base mark the adapter, and are written as true") {
+  TempDir dir;
+  const auto read = [&](const std::string& init) {
+    put_adapter(dir / "a",
+                R"({"peft_type":"LORA","r":2,"lora_alpha":4,"target_modules":["q"],"init_lora_weights":)" + init + "}",
+                pair("q"));
+    return read_peft(dir / "a");
+  };
+  for (const char* init : {"true", "false", "null", "\"gaussian\"", "\"eva\"", "\"orthogonal\""})
+    CHECK(!read(init).changed_base);
+  for (const char* init : {"pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq", "unheard_of"}) {
+    const PeftAdapter a = read(std::string("\"") + init + "\"");
+    REQUIRE(a.changed_base);
+    CHECK(a.changed_base->method == init);
+    CHECK(a.changed_base->kind == (std::string(init) == "loftq" ? "quantized" : "residual"));
+    write_peft(dir / "b", a);
+    CHECK(get(dir / "b/adapter_config.json").find("\"init_lora_weights\": true") != std::string::npos);
+    CHECK(read_peft(dir / "b").changed_base == a.changed_base);
+  }
+}
+
+TEST_CASE("magnitudes and biases that are not finite are neither read nor written") {
+  TempDir dir;
+  for (const float bad : {1.0F, NAN, INFINITY, -INFINITY})
+    for (const bool dora : {true, false}) {
+      PeftAdapter a;
+      a.config.target_modules = {"q"};
+      a.config.use_dora = dora;
+      a.modules.push_back(module("q", 5, 4, 2, 1, 1));
+      auto& v = dora ? a.modules[0].magnitude : a.modules[0].bias;
+      v.assign(5, 1);
+      describe_modules(a);
+      write_peft(dir / "a", a);
+      v[3] = bad;
+      std::vector<TensorSpec> specs;
+      const Checkpoint good(dir / "a/adapter_model.safetensors");
+      good.for_each([&](const TensorView& t) { specs.push_back({t.name(), t.dtype(), t.shape()}); });
+      SafeTensorsWriter w(dir / "b.safetensors", specs);
+      good.for_each([&](const TensorView& t) {
+        if (t.shape().size() == 1)
+          w.write(t.name(), std::as_bytes(std::span(v)));
+        else
+          w.copy(t.name(), t);
+      });
+      w.commit();
+      std::filesystem::rename(dir / "b.safetensors", dir / "a/adapter_model.safetensors");
+      if (bad == 1) {
+        CHECK_NOTHROW((void)read_peft(dir / "a"));
+        continue;
+      }
+      check_error([&] { (void)read_peft(dir / "a"); },
+                  {"q", dora ? "lora_magnitude_vector" : "lora_B.bias", "not finite"});
+      check_error<ArgumentError>([&] { write_peft(dir / "c", a); }, {"'q'", "not finite"});
+    }
+}

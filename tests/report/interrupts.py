@@ -96,7 +96,7 @@ try:
     took = time.monotonic() - began
     check(done.returncode == 0, f"init: {done.returncode}, {error}")
     older = files(out)
-    check(len(older) == 6, f"adapter, three shards, index: {sorted(older)}")
+    check(len(older) == 8, f"adapter and its mark, three shards, index, mark: {sorted(older)}")
     def stopped(process, code, name, command, what):
         """The process said what it should, and left nothing and the older output. It may have been done already: then all is new."""
         _, error = process.communicate()

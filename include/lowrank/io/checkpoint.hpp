@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <set>
 
 #include "lowrank/io/safetensors.hpp"
 #include "lowrank/io/safetensors_writer.hpp"
@@ -109,14 +110,17 @@ class Checkpoint {
       return;
     }
     const auto in = [&](const char* name) { return (fs::path(path) / name).string(); };
-    for (const char* single : {"model.safetensors", "adapter_model.safetensors"})
+    const std::string index = in("model.safetensors.index.json");
+    const bool sharded = fs::exists(index, ignored);
+    // An adapter may lie beside the shards it belongs to.
+    const std::vector<const char*> singles =
+        sharded ? std::vector{"model.safetensors"} : std::vector{"model.safetensors", "adapter_model.safetensors"};
+    for (const char* single : singles)
       if (fs::exists(in(single), ignored)) {
         open(in(single));
         return;
       }
-    const std::string index = in("model.safetensors.index.json");
-    if (!fs::exists(index, ignored))
-      throw IoError(path, "holds neither model.safetensors nor model.safetensors.index.json");
+    if (!sharded) throw IoError(path, "holds neither model.safetensors nor model.safetensors.index.json");
     index_ = index;
     const auto map = parse_safetensors_index(index, read_text(index));
     std::map<std::string, std::size_t> shard_number;
@@ -198,16 +202,46 @@ struct TensorRewrite {
   std::function<void(SafeTensorsWriter&)> write;
 };
 
-/// Copies a checkpoint to `directory` with the same shards, metadata and order of tensors, some tensors replaced.
+namespace detail {
+
+/// The weights files of a checkpoint in `directory` that `written` does not replace: left there, a reader would take
+/// them, or they would be gigabytes that no index names.
+inline void remove_other_weights(const Checkpoint& from, const std::string& directory,
+                                 const std::set<std::string>& written, StagedFiles& files) {
+  namespace fs = std::filesystem;
+  constexpr const char *single = "model.safetensors", *index_name = "model.safetensors.index.json";
+  std::set<std::string> others;
+  const std::string index = (fs::path(directory) / index_name).string();
+  std::error_code ignored;
+  if (fs::is_regular_file(index, ignored)) try {
+      for (const auto& [name, shard] : parse_safetensors_index(index, read_text(index))) others.insert(shard);
+    } catch (const IoError&) {  // no index of anything: what lies beside it is not known to be weights
+    }
+  others.insert(written.contains(single) ? index_name : single);
+  for (const std::string& name : others) {
+    if (written.contains(name) || (name != index_name && !name.ends_with(".safetensors"))) continue;
+    const std::string path = (fs::path(directory) / name).string();
+    for (std::size_t s = 0; s < from.shard_count(); ++s)
+      if (fs::equivalent(path, from.shard(s).path(), ignored))
+        throw IoError(path, "is an input, and would have to be removed from the output");
+    files.remove(path);
+  }
+}
+}  // namespace detail
+
+/// Copies a checkpoint to `directory` with the same shards, metadata and order of tensors, some tensors replaced; the
+/// files are complete but not in place: StagedFiles::commit() does that, with others that belong to them.
 ///
 /// `rewrite(tensor)` is asked once for every tensor before anything is written; `nothing` keeps its bytes. Replacements
 /// are made one after the other while streaming, so peak memory is that of one tensor. `progress(tensor)` follows each.
 /// A single file is written as `directory/model.safetensors`, or as `directory` itself when that ends in
-/// ".safetensors". Each file appears whole or not at all, and none before all are complete, the index last: what
-/// throws, `rewrite` and `progress` too, leaves the files that were there.
+/// ".safetensors". What throws, `rewrite` and `progress` too, leaves the files that were there. Other weights of a
+/// checkpoint in `directory` (a model.safetensors beside the new shards, shards of an older index) are removed when the
+/// new ones are put in place.
 /// **Throws** IoError; refuses to write into the directory it reads from.
 template <class Rewrite, class Progress>
-void rewrite_checkpoint(const Checkpoint& from, const std::string& directory, Rewrite&& rewrite, Progress&& progress) {
+[[nodiscard]] StagedFiles stage_checkpoint(const Checkpoint& from, const std::string& directory, Rewrite&& rewrite,
+                                           Progress&& progress) {
   namespace fs = std::filesystem;
   const bool sharded = !from.index().empty(), named = directory.ends_with(".safetensors");
   if (sharded && named) throw IoError(directory, "must be a directory: the input has shards");
@@ -217,10 +251,18 @@ void rewrite_checkpoint(const Checkpoint& from, const std::string& directory, Re
     if (failed) throw IoError(directory, "cannot create the directory: " + failed.message());
   }
   std::map<std::string, std::vector<TensorInfo>> written;
-  std::vector<SafeTensorsWriter> complete;
+  StagedFiles files;
+  const auto name_of = [&](std::size_t s) {
+    return sharded ? fs::path(from.shard(s).path()).filename().string() : "model.safetensors";
+  };
+  if (!named) {
+    std::set<std::string> names;
+    for (std::size_t s = 0; s < from.shard_count(); ++s) names.insert(name_of(s));
+    detail::remove_other_weights(from, directory, names, files);
+  }
   for (std::size_t s = 0; s < from.shard_count(); ++s) {
     const SafeTensors& shard = from.shard(s);
-    const std::string name = sharded ? fs::path(shard.path()).filename().string() : "model.safetensors";
+    const std::string name = name_of(s);
     const std::string target = named ? directory : (fs::path(directory) / name).string();
     if (fs::equivalent(target, shard.path(), failed)) throw IoError(target, "is both input and output");
     std::vector<std::optional<TensorRewrite>> plan;
@@ -244,13 +286,19 @@ void rewrite_checkpoint(const Checkpoint& from, const std::string& directory, Re
       progress(t);
     }
     written[name] = out.tensors();
-    complete.push_back(std::move(out));
+    files.add(std::move(out).finish());
   }
-  for (SafeTensorsWriter& out : complete) out.commit();
   if (sharded) {
-    const std::string index = (fs::path(directory) / fs::path(from.index()).filename()).string();
-    write_text(index, safetensors_index(index, written));
+    const std::string index = (fs::path(directory) / "model.safetensors.index.json").string();
+    files.add_text(index, safetensors_index(index, written), true);
   }
+  return files;
+}
+
+/// stage_checkpoint(), and the files put in place.
+template <class Rewrite, class Progress>
+void rewrite_checkpoint(const Checkpoint& from, const std::string& directory, Rewrite&& rewrite, Progress&& progress) {
+  stage_checkpoint(from, directory, rewrite, progress).commit();
 }
 
 }  // namespace lowrank::io

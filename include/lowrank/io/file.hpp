@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// MappedFile reads a regular file without copying it; OutputFile replaces one all at once or not at all.
+// MappedFile reads a regular file without copying it; OutputFile replaces one all at once or not at all; StagedFiles
+// replaces several that belong together.
 #pragma once
 
 #include <fcntl.h>
@@ -14,7 +15,9 @@
 #include <cstring>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
+#include <vector>
 
 #include "lowrank/core/errors.hpp"
 
@@ -60,6 +63,14 @@ inline Descriptor open_regular(const std::string& path, std::uint64_t& size) {
   if (!S_ISREG(info.st_mode)) throw IoError(path, "is not a regular file");
   size = std::uint64_t(info.st_size);
   return fd;
+}
+
+/// Makes renames and removals in the directory of a file durable, where the file system lets it.
+inline void sync_directory_of(const std::string& path) noexcept {
+  const auto slash = path.find_last_of('/');
+  const std::string directory = slash == std::string::npos ? "." : path.substr(0, slash + 1);
+  const Descriptor dir(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (dir.get() >= 0) ::fsync(dir.get());  // some file systems refuse; the data itself is safe
 }
 }  // namespace detail
 
@@ -225,16 +236,18 @@ class OutputFile {
     (void)offset, (void)size;
 #endif
   }
-  /// Puts the file in place.
-  void commit() {
+  /// Makes what was written durable, still under its temporary name; nothing can be written after it.
+  void flush() {
+    if (fd_.get() < 0) return;
     if (::fsync(fd_.get()) != 0) detail::throw_errno(path_, "cannot flush to disk");
     if (fd_.close() != 0) detail::throw_errno(path_, "cannot close");
+  }
+  /// Puts the file in place.
+  void commit() {
+    flush();
     if (::rename(temporary_.c_str(), path_.c_str()) != 0) detail::throw_errno(path_, "cannot rename into place");
     temporary_.clear();
-    const auto slash = path_.find_last_of('/');
-    const std::string directory = slash == std::string::npos ? "." : path_.substr(0, slash + 1);
-    const detail::Descriptor dir(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-    if (dir.get() >= 0) ::fsync(dir.get());  // some file systems refuse; the data itself is safe
+    detail::sync_directory_of(path_);
   }
 
  private:
@@ -253,5 +266,64 @@ inline void write_text(const std::string& path, std::string_view text) {
   out.write_at(0, std::as_bytes(std::span(text.data(), text.size())));
   out.commit();
 }
+
+/// Files that belong together, each complete under a temporary name, put in place one after the other by commit().
+///
+/// A crash between two renames must not leave old and new files that pass for one set. A set has key files, without
+/// which readers do not take the others for one (an index of shards, adapter_config.json): commit() makes everything
+/// durable, takes the old key files and what must not stay away, moves the rest into place and the new key files last.
+/// Before that, whatever goes wrong leaves the files that were there; from then on a set that cannot be read, or a
+/// whole one.
+/// **Throws** IoError from every member.
+class StagedFiles {
+ public:
+  void add(OutputFile file, bool key = false) { (key ? keys_ : files_).push_back(std::move(file)); }
+  void add_text(const std::string& path, std::string_view text, bool key = false) {
+    OutputFile out(path);
+    out.write_at(0, std::as_bytes(std::span(text.data(), text.size())));
+    add(std::move(out), key);
+  }
+  /// A file that the new set must not have beside it; commit() removes it if it is there.
+  void remove(const std::string& path) {
+    struct stat info {};
+    if (::lstat(path.c_str(), &info) != 0) return;
+    if (S_ISDIR(info.st_mode)) throw IoError(path, "is a directory and in the way of the output");
+    obsolete_.push_back(path);
+  }
+  /// Those of another set too; its key files come after the ones that are here.
+  void append(StagedFiles&& more) {
+    const auto move_all = [](auto& from, auto& to) {
+      for (auto& x : from) to.push_back(std::move(x));
+      from.clear();
+    };
+    move_all(more.files_, files_);
+    move_all(more.keys_, keys_);
+    move_all(more.obsolete_, obsolete_);
+  }
+  void commit() {
+    for (auto* list : {&files_, &keys_})
+      for (OutputFile& f : *list) f.flush();
+    if (files_.size() + keys_.size() > 1 || !obsolete_.empty()) {  // a single file is replaced in one step
+      for (auto key = keys_.rbegin(); key != keys_.rend(); ++key) take_away(key->path());
+      for (const std::string& path : obsolete_) take_away(path);
+    }
+    for (auto* list : {&files_, &keys_}) {
+      for (OutputFile& f : *list) f.commit();
+      list->clear();
+    }
+    obsolete_.clear();
+  }
+
+ private:
+  static void take_away(const std::string& path) {
+    if (::unlink(path.c_str()) != 0) {
+      if (errno != ENOENT) detail::throw_errno(path, "cannot remove");
+      return;
+    }
+    detail::sync_directory_of(path);
+  }
+  std::vector<OutputFile> files_, keys_;
+  std::vector<std::string> obsolete_;
+};
 
 }  // namespace lowrank::io

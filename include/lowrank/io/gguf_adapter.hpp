@@ -18,11 +18,12 @@ struct GgufAdapterOptions {
   std::string architecture = "llama";
   Index heads = 0, kv_heads = 0;  ///< needed when q_proj or k_proj is adapted
   Dtype dtype = Dtype::F32;       ///< of the tensors: F32, F16 or BF16
+  bool tied_head = false;         ///< the base has no output head of its own
 };
 
 /// The options a Llama config implies.
 inline GgufAdapterOptions gguf_options(const LlamaConfig& c, Dtype dtype = Dtype::F32) {
-  return {"llama", c.num_attention_heads, c.num_key_value_heads, dtype};
+  return {"llama", c.num_attention_heads, c.num_key_value_heads, dtype, c.tie_word_embeddings};
 }
 
 namespace detail {
@@ -126,14 +127,15 @@ inline std::vector<float> gguf_floats(const std::string& path, const GgufTensor&
 /// the configuration (times √r under rank-stabilised scaling), and what other modules' scales differ by is folded into
 /// their B. Embedding adapters store Aᵀ as the loader asks.
 /// **Throws** ArgumentError: a module without a counterpart in llama.cpp, convolutions, DoRA magnitudes, biases and
-/// saved tensors (llama.cpp would ignore them), q_proj or k_proj without matching head counts, an adapter that stands
+/// saved tensors (llama.cpp would ignore them), an adapted head where the base's is tied to the embedding, q_proj or
+/// k_proj without matching head counts, an adapter that stands
 /// on a changed base (convert it with undo_residual first) or on a quantised one.
 inline GgufWriter gguf_adapter(const PeftAdapter& adapter, const GgufAdapterOptions& o) {
   const auto fail = [](const std::string& module, const std::string& what) {
     throw ArgumentError("gguf_adapter: " + (module.empty() ? "the adapter" : "module '" + module + "'") + " " + what);
   };
-  if (const auto base = adapter.metadata.find(base_metadata_key); base != adapter.metadata.end())
-    fail("", "stands on a base that was changed with it (" + base->second +
+  if (adapter.changed_base)
+    fail("", "stands on a base that was changed with it (" + adapter.changed_base->kind +
                  "); undo that first, llama.cpp has the original");
   if (!adapter.saved.empty())
     fail("", "brings whole tensors ('" + adapter.saved[0].spec.name + "'), which llama.cpp does not load");
@@ -159,6 +161,8 @@ inline GgufWriter gguf_adapter(const PeftAdapter& adapter, const GgufAdapterOpti
     const std::string name = detail::translate_name(m.name, true);
     if (name.empty()) fail(m.name, "has no counterpart in llama.cpp's Llama models");
     if (m.kind == ModuleKind::conv || m.kind == ModuleKind::other) fail(m.name, "is a convolution, llama.cpp has none");
+    if (name == "output" && o.tied_head)
+      fail(m.name, "is the embedding in the base (tie_word_embeddings), so that llama.cpp has no weight to add it to");
     if ((m.kind == ModuleKind::embedding) != (name == "token_embd")) fail(m.name, "is of the wrong kind for its name");
     if (!m.magnitude.empty()) fail(m.name, "uses DoRA, which llama.cpp does not; merge it instead");
     if (!m.bias.empty()) fail(m.name, "has a bias on lora_B, which llama.cpp does not load");

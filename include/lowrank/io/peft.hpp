@@ -6,6 +6,7 @@
 #include <map>
 #include <set>
 
+#include "lowrank/io/changed_base.hpp"
 #include "lowrank/io/peft_config.hpp"
 #include "lowrank/io/safetensors.hpp"
 #include "lowrank/io/safetensors_writer.hpp"
@@ -42,7 +43,8 @@ struct PeftAdapter {
   PeftConfig config;
   std::vector<AdapterModule> modules;  ///< sorted by name
   std::vector<SavedTensor> saved;
-  std::map<std::string, std::string> metadata;  ///< of adapter_model.safetensors
+  std::map<std::string, std::string> metadata;  ///< of adapter_model.safetensors, without what changed_base holds
+  std::optional<ChangedBase> changed_base;      ///< set: the adapter is not one of the original weights
 
   [[nodiscard]] Index parameters() const {
     Index n = 0;
@@ -56,9 +58,9 @@ struct PeftAdapter {
   }
 };
 
-/// The metadata key by which this library marks an adapter whose base weights were changed with it (PiSSA, LoftQ, …):
-/// "residual" or "quantized". Others ignore it.
-inline constexpr const char* base_metadata_key = "lowrank_base";
+/// The keys by which the metadata of adapter_model.safetensors holds ChangedBase; others ignore them.
+inline constexpr const char *base_metadata_key = "lowrank_base", *original_metadata_key = "lowrank_original_base",
+                            *weights_metadata_key = "lowrank_base_weights", *method_metadata_key = "lowrank_method";
 
 namespace detail {
 
@@ -110,11 +112,16 @@ inline AdapterModule assemble_module(const std::string& path, const std::string&
   if (const Index want = scaling.rank(name); r != want)
     fail(lowrank::detail::text("has rank ", r, ", the configuration says ", want));
   m.factors.scale = float(scaling.scale(name));
+  const auto finite = [&](const std::vector<float>& v, const char* what) {
+    if (!std::all_of(v.begin(), v.end(), [](float x) { return std::isfinite(x); }))
+      fail(lowrank::detail::text(what, " is not finite"));
+  };
   if (p.magnitude) {
     if (p.magnitude->size() != m.factors.B.rows())
       fail(lowrank::detail::text("lora_magnitude_vector has ", p.magnitude->size(), " elements, expected ",
                                  m.factors.B.rows()));
     m.magnitude = p.magnitude->to_vector<float>();
+    finite(m.magnitude, "lora_magnitude_vector");
   }
   if (config.use_dora != p.magnitude.has_value())
     fail(config.use_dora ? "lacks lora_magnitude_vector, but use_dora is set"
@@ -123,6 +130,7 @@ inline AdapterModule assemble_module(const std::string& path, const std::string&
     if (p.bias->size() != m.factors.B.rows())
       fail(lowrank::detail::text("lora_B.bias has ", p.bias->size(), " elements, expected ", m.factors.B.rows()));
     m.bias = p.bias->to_vector<float>();
+    finite(m.bias, "lora_B.bias");
   }
   return m;
 }
@@ -139,13 +147,53 @@ inline bool may_be_saved(const std::string& name, const PeftConfig& c) {
   // PEFT saves a resized embedding and head beside the adapter; base_layer is what it calls a wrapped weight.
   return leaf == "weight" && (last == "embed_tokens" || last == "lm_head" || last == "base_layer");
 }
+
+/// Whether PEFT's initialiser of that name leaves the base as it is. Names that are not known may not.
+inline bool keeps_base(const std::string& init_lora_weights) {
+  for (const char* name : {"true", "false", "gaussian", "eva", "orthogonal", "mica"})
+    if (init_lora_weights == name) return true;
+  return false;
+}
+
+/// The mark of an adapter, wherever there is one; see read_peft().
+inline std::optional<ChangedBase> find_changed_base(const std::string& directory, const std::string& path,
+                                                    PeftAdapter& adapter) {
+  std::optional<ChangedBase> stored;
+  auto& metadata = adapter.metadata;
+  if (const auto kind = metadata.find(base_metadata_key); kind != metadata.end()) {
+    stored.emplace();
+    stored->kind = kind->second;
+    expect_kind(path, stored->kind);
+    const auto value = [&](const char* key) { return metadata.contains(key) ? metadata.at(key) : std::string(); };
+    stored->method = value(method_metadata_key);
+    stored->original = value(original_metadata_key);
+    if (const std::string text = value(weights_metadata_key); !text.empty()) {
+      const Json json = parse_json(path, text);
+      stored->weights = parse_fingerprints(JsonReader(path, json), json);
+    }
+    for (const char* key : {base_metadata_key, original_metadata_key, weights_metadata_key}) metadata.erase(key);
+  }
+  if (auto beside = read_changed_base(directory)) return beside;
+  if (stored) return stored;
+  if (auto of_base = read_changed_base(adapter.config.base_model_name_or_path)) return of_base;
+  if (const std::string& method = adapter.config.init_lora_weights; !keeps_base(method))
+    return ChangedBase{.kind = method == "loftq" ? "quantized" : "residual", .method = method};
+  return std::nullopt;
+}
 }  // namespace detail
 
 /// Reads a PEFT adapter directory.
 ///
+/// `changed_base` is set when the adapter does not belong to the original weights. Looked for, in this order:
+/// lowrank.json in the directory; the metadata of adapter_model.safetensors; lowrank.json in the directory that
+/// base_model_name_or_path names (all that is left when PEFT saved a trained adapter elsewhere); an init_lora_weights
+/// that makes PEFT change the base, in which case nothing is known of the changed weights.
+/// `metadata` and `config` keep what is there otherwise.
+///
 /// **Throws** IoError naming file and tensor: no adapter there (adapter_model.bin is a pickle and not read); a tensor
 /// whose name or layer kind is not known; a factor without its partner; ranks that differ between A, B and the
-/// configuration; use_dora without magnitudes and the reverse; integer factors.
+/// configuration; use_dora without magnitudes and the reverse; integer factors; magnitudes or biases that are not
+/// finite; a mark of a changed base that cannot be read.
 /// **Cost** one pass over the file. **Numerics** factors are widened to float exactly (F64 rounds).
 inline PeftAdapter read_peft(const std::string& directory) {
   namespace fs = std::filesystem;
@@ -159,6 +207,7 @@ inline PeftAdapter read_peft(const std::string& directory) {
   adapter.config = parse_peft_config(config_path, read_text(config_path));
   const SafeTensors file(path);
   adapter.metadata = file.metadata();
+  adapter.changed_base = detail::find_changed_base(directory, path, adapter);
   std::map<std::string, detail::PeftParts> parts;
   std::vector<std::string> unknown;
   for (const TensorInfo& t : file.tensors()) {
@@ -254,13 +303,16 @@ inline std::vector<std::string> module_suffixes(const PeftAdapter& adapter) {
   return {s.begin(), s.end()};
 }
 
-/// Writes an adapter directory that PEFT loads: adapter_model.safetensors, then adapter_config.json.
+/// Writes the files of an adapter directory that PEFT loads, to be put in place by StagedFiles::commit():
+/// adapter_model.safetensors, lowrank.json where changed_base is set (an old one goes otherwise), adapter_config.json.
 ///
-/// Each file appears whole or not at all. The configuration must describe the modules (describe_modules() makes it so).
+/// Without adapter_config.json nobody takes the directory for an adapter: it is the key file of the set. The
+/// configuration must describe the modules (describe_modules() makes it so). init_lora_weights is written as true
+/// whatever `config` says: with the factors stored, any other value only makes PEFT change the base once more.
 /// **Throws** IoError as OutputFile; ArgumentError when a module's rank or scale is not what the configuration says
 /// (the adapter would mean something else when read back), or a factor is not finite.
 /// **Numerics** factors are rounded to each module's dtype, to nearest even.
-inline void write_peft(const std::string& directory, const PeftAdapter& adapter) {
+[[nodiscard]] inline StagedFiles stage_peft(const std::string& directory, const PeftAdapter& adapter) {
   namespace fs = std::filesystem;
   std::error_code failed;
   fs::create_directories(directory, failed);
@@ -287,6 +339,9 @@ inline void write_peft(const std::string& directory, const PeftAdapter& adapter)
     for (const auto* x : {&f.A, &f.B})
       for (Index i = 0; i < x->size(); ++i)
         if (!std::isfinite(x->data()[i])) fail("has a factor that is not finite");
+    for (const auto* v : {&m.magnitude, &m.bias})
+      for (const float x : *v)
+        if (!std::isfinite(x)) fail("has a magnitude or a bias that is not finite");
     const auto shape = [](const Matrix<float>& x, const Shape& stored) {
       return stored.empty() ? Shape{std::uint64_t(x.rows()), std::uint64_t(x.cols())} : stored;
     };
@@ -299,6 +354,13 @@ inline void write_peft(const std::string& directory, const PeftAdapter& adapter)
   for (const SavedTensor& t : adapter.saved) specs.push_back({full(t.spec.name, ""), t.spec.dtype, t.spec.shape});
   auto metadata = adapter.metadata;
   metadata["format"] = "pt";  // PEFT's loader asks for it
+  if (const auto& changed = adapter.changed_base) {
+    metadata[base_metadata_key] = changed->kind;
+    for (const auto& [key, value] :
+         {std::pair(method_metadata_key, changed->method), std::pair(original_metadata_key, changed->original),
+          std::pair(weights_metadata_key, changed->weights.empty() ? "" : Json(changed->weights).dump())})
+      if (!value.empty()) metadata[key] = value;
+  }
   SafeTensorsWriter out((fs::path(directory) / "adapter_model.safetensors").string(), std::move(specs), metadata);
   for (const AdapterModule& m : adapter.modules) {
     const auto [a, b] = suffixes(m.kind);
@@ -311,8 +373,22 @@ inline void write_peft(const std::string& directory, const PeftAdapter& adapter)
     vector(".lora_B.bias", m.bias);
   }
   for (const SavedTensor& t : adapter.saved) out.write(full(t.spec.name, ""), t.bytes);
-  out.commit();
-  write_text((fs::path(directory) / "adapter_config.json").string(), peft_config_text(adapter.config));
+  StagedFiles files;
+  files.add(std::move(out).finish());
+  const std::string mark = (fs::path(directory) / changed_base_file).string();
+  if (adapter.changed_base)
+    files.add_text(mark, changed_base_text(*adapter.changed_base));
+  else
+    files.remove(mark);
+  PeftConfig config = adapter.config;
+  config.init_lora_weights = "true";
+  files.add_text((fs::path(directory) / "adapter_config.json").string(), peft_config_text(config), true);
+  return files;
+}
+
+/// stage_peft(), and the files put in place. **Throws** as stage_peft() and StagedFiles.
+inline void write_peft(const std::string& directory, const PeftAdapter& adapter) {
+  stage_peft(directory, adapter).commit();
 }
 
 }  // namespace lowrank::io

@@ -130,14 +130,22 @@ class SafeTensorsWriter {
   }
   /// Checks that every tensor is complete and puts the file in place.
   void commit() {
+    expect_complete();
+    file_.commit();
+  }
+  /// Checks that every tensor is complete and gives the file, to be put in place with others.
+  [[nodiscard]] OutputFile finish() && {
+    expect_complete();
+    return std::move(file_);
+  }
+
+ private:
+  void expect_complete() const {
     for (std::size_t i = 0; i < tensors_.size(); ++i)
       if (done_[i] != tensors_[i].bytes())
         throw IoError(path(), tensors_[i].name,
                       lowrank::detail::text("only ", done_[i], " of ", tensors_[i].bytes(), " bytes were written"));
-    file_.commit();
   }
-
- private:
   /// The reference writer sorts by its enumeration of types, widest last; larger comes first in the file.
   static int canonical_rank(Dtype d) { return int(d); }
 

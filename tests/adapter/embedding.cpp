@@ -3,6 +3,7 @@
 
 #include <doctest/doctest.h>
 
+#include "lowrank/adapter/lora_functions.hpp"
 #include "support/compare.hpp"
 #include "support/fixture.hpp"
 

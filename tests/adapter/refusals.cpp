@@ -50,8 +50,8 @@ std::vector<float> all_bits(const Parameters<float>& p, std::initializer_list<Ma
 
 /// Calls `refused` twice over: it must throw a lowrank::Error and leave parameters, gradients and `outputs` alone.
 template <class F>
-void check_refused(const char* what, Parameters<float>& p, std::initializer_list<MatrixView<const float>> outputs,
-                   F&& refused) {
+void check_refused(const std::string& what, Parameters<float>& p,
+                   std::initializer_list<MatrixView<const float>> outputs, F&& refused) {
   CAPTURE(what);
   for (std::size_t i = 0; i < p.gradients().size(); ++i) p.gradients()[i] = float(i % 7) - 2.5F;
   const std::vector<float> before = all_bits(p, outputs);

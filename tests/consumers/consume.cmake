@@ -1,4 +1,4 @@
-# cmake -DROOT=... -DKIND=find_package|fetch_content|add_subdirectory|plain -DWORK=... -P consume.cmake
+# cmake -DROOT=... -DKIND=find_package|blas|fetch_content|add_subdirectory|plain -DWORK=... -P consume.cmake
 cmake_minimum_required(VERSION 3.20)
 set(dir ${WORK}/${KIND})
 file(REMOVE_RECURSE ${dir})
@@ -25,8 +25,14 @@ if(KIND STREQUAL "plain")
   return()
 endif()
 
-if(KIND STREQUAL "find_package")
-  run(${configure} -S ${ROOT} -B ${dir}/library -DLOWRANK_BUILD_TESTS=OFF -DLOWRANK_BUILD_EXAMPLES=OFF)
+if(KIND STREQUAL "blas")  # what is handed to BLAS and LAPACK, through an installed package that was told to
+  set(options -DLOWRANK_WITH_BLAS=ON -DLOWRANK_WITH_LAPACK=ON)
+  # The package must say where cblas.h lies: its copy here is nowhere a compiler looks by itself.
+  file(COPY ${CBLAS} DESTINATION ${dir}/include)
+  set(user_options -DLOWRANK_CBLAS_INCLUDE=${dir}/include -DCMAKE_CXX_FLAGS_DEBUG=-O1)
+endif()
+if(KIND MATCHES "^(find_package|blas)$")
+  run(${configure} -S ${ROOT} -B ${dir}/library -DLOWRANK_BUILD_TESTS=OFF -DLOWRANK_BUILD_EXAMPLES=OFF ${options})
   run(${CMAKE_COMMAND} --install ${dir}/library --prefix ${dir}/first)
   # Nothing installed may point back: neither to the tree nor to where it was installed first.
   file(GLOB_RECURSE installed ${dir}/first/*.cmake)
@@ -42,7 +48,7 @@ if(KIND STREQUAL "find_package")
   file(RENAME ${dir}/first ${dir}/moved)
 endif()
 run(${configure} -S ${ROOT}/tests/consumers/${KIND} -B ${dir}/build -DLOWRANK_ROOT=${ROOT}
-    -DCMAKE_PREFIX_PATH=${dir}/moved)
+    -DCMAKE_PREFIX_PATH=${dir}/moved ${user_options})
 run(${CMAKE_COMMAND} --build ${dir}/build)
 run(${dir}/build/consumer)
 message("${output}")

@@ -145,7 +145,7 @@ auto corda(X&& weight, const ActivationCovariance<arithmetic_of<scalar_of<X>>>& 
   const MatrixView<const S> W = view_of(weight);
   const Index m = W.rows(), n = W.cols(), r = options.rank;
   detail::check_rank("corda", r, m, n);
-  const double scale = detail::scale_of(options);
+  const double scale = detail::scale_of<T>(options);
   if (covariance.in_features() != n)
     throw ShapeError(detail::text("corda: the covariance must be ", detail::shape_text(n, n), ", got ",
                                   detail::shape_text(covariance.in_features(), covariance.in_features())));

@@ -204,7 +204,7 @@ Initialised<T> eva(Index out, const ActivationSvd<T>& inputs, const EvaOptions& 
     throw ArgumentError(detail::text("eva: rank must not exceed the ", inputs.directions().cols(),
                                      " directions found in ", inputs.tokens(), " tokens, got ", r));
   Initialised<T> result;
-  result.factors.scale = T(detail::scale_of(options));
+  result.factors.scale = T(detail::scale_of<T>(options));
   result.factors.A = Matrix<T>(inputs.directions().middle_cols(0, r).transposed());
   result.factors.B = Matrix<T>(out, r);
   for (Index i = 0; i < r; ++i) {

@@ -27,7 +27,7 @@ Initialised<T> gaussian(Index out, Index in, const GaussianOptions& options = {}
   const detail::Stopwatch watch;
   detail::check_rank("gaussian", options.rank, out, in);
   Initialised<T> result;
-  result.factors.scale = T(detail::scale_of(options));
+  result.factors.scale = T(detail::scale_of<T>(options));
   result.factors.A.resize(options.rank, in);
   result.factors.B = Matrix<T>(out, options.rank);
   CounterRng(options.seed).fill_normal(result.factors.A.view(), 0, 1 / double(options.rank));
@@ -47,7 +47,7 @@ Initialised<T> gaussian_embedding(Index dim, Index vocab, const GaussianOptions&
   const detail::Stopwatch watch;
   detail::check_rank("gaussian_embedding", options.rank, dim, vocab);
   Initialised<T> result;
-  result.factors.scale = T(detail::scale_of(options));
+  result.factors.scale = T(detail::scale_of<T>(options));
   result.factors.A = Matrix<T>(options.rank, vocab);
   result.factors.B.resize(dim, options.rank);
   CounterRng(options.seed).fill_normal(result.factors.B.view());

@@ -70,10 +70,14 @@ struct Initialised {
 
 namespace detail {
 
-/// s from the options' rank, alpha and rank_stabilised, checked.
-template <class Options>
+/// s from the options' rank, alpha and rank_stabilised. Throws unless it is positive and finite, also once it is a T.
+template <class T, class Options>
 double scale_of(const Options& o) {
-  return o.rank_stabilised ? rslora_scale(o.alpha, o.rank) : lora_scale(o.alpha, o.rank);
+  const double s = o.rank_stabilised ? rslora_scale(o.alpha, o.rank) : lora_scale(o.alpha, o.rank);
+  if (s > double(std::numeric_limits<T>::max()) || !(T(s) > 0))
+    throw ArgumentError(text("scale: alpha ", o.alpha, " and rank ", o.rank, " give s = ", s,
+                             ", beyond the range of a scalar of ", 8 * sizeof(T), " bits"));
+  return s;
 }
 
 class Stopwatch {

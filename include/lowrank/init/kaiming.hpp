@@ -29,7 +29,7 @@ Initialised<T> kaiming(Index out, Index in, const KaimingOptions& options = {}) 
   const detail::Stopwatch watch;
   detail::check_rank("kaiming", options.rank, out, in);
   Initialised<T> result;
-  result.factors.scale = T(detail::scale_of(options));
+  result.factors.scale = T(detail::scale_of<T>(options));
   result.factors.A.resize(options.rank, in);
   result.factors.B = Matrix<T>(out, options.rank);
   const double bound = 1 / std::sqrt(double(in));

@@ -24,7 +24,7 @@ class QuantisedAlternation {
     if (o.iterations < 1) throw ArgumentError(text(method, ": iterations must be at least 1, got ", o.iterations));
     if (!(o.svd_slack > 0) || !(o.svd_slack < 1))
       throw ArgumentError(text(method, ": svd_slack must lie in (0, 1), got ", o.svd_slack));
-    scale_ = scale_of(o);
+    scale_ = scale_of<T>(o);
     if (o.gptq && covariance.empty()) throw ArgumentError(text(method, ": gptq needs a covariance, got none"));
     if (!covariance.empty()) weight_ = ActivationWeight(method, covariance, W.cols(), o.damping);
     result.base = QuantizedMatrix<T>::zero(W.rows(), W.cols(), o.quantise);

@@ -47,7 +47,7 @@ auto lora_ga(X&& weight, Y&& gradient, const LoraGaOptions& options = {}) {
   if (!(options.gamma > 0) || !std::isfinite(options.gamma))
     throw ArgumentError(detail::text("lora_ga: gamma must be positive and finite, got ", options.gamma));
   Initialised<T, std::conditional_t<std::is_void_v<Base>, T, Base>> result;
-  result.factors.scale = T(detail::scale_of(options));
+  result.factors.scale = T(detail::scale_of<T>(options));
 
   const TruncatedSvd<T> d = truncated_svd(G, 2 * r, options.svd);
   if (!(d.captured_energy > 0)) throw ArgumentError("lora_ga: the gradient must not be zero");

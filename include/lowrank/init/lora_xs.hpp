@@ -50,7 +50,7 @@ auto lora_xs(X&& weight, const LoraXsOptions& options = {}) {
   if (!(options.core_std >= 0) || !std::isfinite(options.core_std))
     throw ArgumentError(detail::text("lora_xs: core_std must be finite and not negative, got ", options.core_std));
   LoraXs<T> result;
-  result.scale = T(detail::scale_of(options));
+  result.scale = T(detail::scale_of<T>(options));
   TruncatedSvd<T> d = truncated_svd(W, options.rank, options.svd);
   result.B = std::move(d.U);
   for (Index i = 0; i < result.B.rows(); ++i)

@@ -32,7 +32,7 @@ auto milora(X&& weight, const MiloraOptions& options = {}) {
   const detail::Stopwatch watch;
   const MatrixView<const S> W = view_of(weight);
   detail::check_rank("milora", options.rank, W.rows(), W.cols());
-  const double scale = detail::scale_of(options);
+  const double scale = detail::scale_of<T>(options);
   Initialised<T, std::conditional_t<std::is_void_v<Base>, T, Base>> result;
   const MinorSvd<T> d = minor_svd(W, options.rank, options.svd);
   detail::balanced_factors<T>(d.U.view(), d.S, d.V.view(), scale, result.factors);
@@ -70,7 +70,7 @@ auto mica(X&& weight, const MicaOptions& options = {}) {
   const MatrixView<const scalar_of<X>> W = view_of(weight);
   detail::check_rank("mica", options.rank, W.rows(), W.cols());
   Initialised<T> result;
-  result.factors.scale = T(detail::scale_of(options));
+  result.factors.scale = T(detail::scale_of<T>(options));
   MinorSvd<T> d = minor_svd(W, options.rank, options.svd);
   result.factors.B = std::move(d.U);
   result.factors.A = Matrix<T>(options.rank, W.cols());

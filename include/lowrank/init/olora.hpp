@@ -39,7 +39,7 @@ auto olora(X&& weight, const OloraOptions& options = {}) {
   const Index r = options.rank, m = W.rows(), n = W.cols();
   detail::check_rank("olora", r, m, n);
   Initialised<T, Stored> result;
-  result.factors.scale = T(detail::scale_of(options));
+  result.factors.scale = T(detail::scale_of<T>(options));
   result.factors.B = Matrix<T>(W.middle_cols(0, r));
   detail::expect_finite("olora", "W", result.factors.B.view());
   // Powers of two: a column of 1e30 must not overflow in the products of the QR, and scaling back is exact.

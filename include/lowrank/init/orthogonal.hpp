@@ -36,7 +36,7 @@ Initialised<T> orthogonal(Index out, Index in, const OrthogonalOptions& options 
   if (!(options.std >= 0) || !std::isfinite(options.std))
     throw ArgumentError(detail::text("orthogonal: std must be finite and not negative, got ", options.std));
   Initialised<T> result;
-  result.factors.scale = T(detail::scale_of(options));
+  result.factors.scale = T(detail::scale_of<T>(options));
 
   Matrix<T> Q(r, r);
   CounterRng(options.seed, 0).fill_normal(Q.view());

@@ -65,7 +65,7 @@ auto pissa(X&& weight, const PissaOptions& options = {}) {
   const MatrixView<const S> W = view_of(weight);
   detail::check_rank("pissa", options.rank, W.rows(), W.cols());
   Initialised<T, std::conditional_t<std::is_void_v<Base>, T, Base>> result;
-  const double scale = detail::scale_of(options);
+  const double scale = detail::scale_of<T>(options);
   const TruncatedSvd<T> d = truncated_svd(W, options.rank, options.svd);
   result.report.notes =
       detail::dead_pairs_note(d.S, double(d.S[0]), W.rows(), W.cols(), double(std::numeric_limits<T>::epsilon()));
@@ -98,8 +98,8 @@ auto pissa_from_svd(X&& weight, const Svd<arithmetic_of<scalar_of<X>>>& d, const
   const std::span<const T> S1 = std::span(d.S).first(std::size_t(r));
   result.report.notes =
       detail::dead_pairs_note(S1, double(S1[0]), W.rows(), W.cols(), double(std::numeric_limits<T>::epsilon()));
-  detail::balanced_factors<T>(d.U.view().middle_cols(0, r), S1, d.V.view().middle_cols(0, r), detail::scale_of(options),
-                              result.factors);
+  detail::balanced_factors<T>(d.U.view().middle_cols(0, r), S1, d.V.view().middle_cols(0, r),
+                              detail::scale_of<T>(options), result.factors);
   for (const T s : S1) result.report.captured_energy += double(s) * double(s);
   result.report.total_energy = detail::squared_norm(W);
   detail::split_weight("pissa", W, options.factor_storage, result);

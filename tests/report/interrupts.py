@@ -174,7 +174,12 @@ try:
     check(p.wait() == 0 and os.path.exists(at("ignored/adapter_config.json")), "an ignored signal changes nothing")
 
     # A scan keeps what it has, says so, and the same command gives what an undisturbed one gives. The older report stays until then.
-    lines = lambda path: open(path).read().count("\n") if os.path.exists(path) else 0
+    def lines(path):
+        try:
+            return open(path).read().count("\n")
+        except FileNotFoundError:  # not there yet, or gone since the scan is complete
+            return 0
+
     save(at("scan.safetensors"), {f"model.layers.{i}.mlp.up_proj.weight": (640, 512) for i in range(24)})
     for jobs in ("1", "2"):
         scan = ["spectrum", at("scan.safetensors"), "-j", jobs, "-q", "--values", "--json"]

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "lowrank/linalg/certificates.hpp"
+#include "lowrank/linalg/factor_operators.hpp"
 #include "lowrank/linalg/truncated_svd.hpp"
 #include "support/decomposition_checks.hpp"
 #include "support/oracle.hpp"
@@ -90,6 +91,112 @@ TEST_CASE_TEMPLATE("Frobenius and spectral bounds hold on thousands of matrices"
   CHECK(wide == 0);
 }
 
+namespace {
+
+/// Whether both certificates hold for the operator of `A` (exact, in double) and this approximation.
+struct Tally {
+  int violations = 0, wide = 0, count = 0;
+
+  template <class T, class Op>
+  void judge(const Op& op, const Matrix<double>& A, const Svd<T>& a, double part_norm) {
+    ++count;
+    Matrix<double> E = A;
+    const Matrix<double> U(a.U), V(a.V);
+    for (Index i = 0; i < A.rows(); ++i)
+      for (Index j = 0; j < A.cols(); ++j)
+        for (std::size_t k = 0; k < a.S.size(); ++k) E(i, j) -= double(a.S[k]) * U(i, Index(k)) * V(j, Index(k));
+    const NormBounds f = frobenius_error<T>(op, a);
+    const NormBounds s = spectral_error<T>(op, a, {.seed = std::uint64_t(count)});
+    const double frobenius_norm = frobenius(E), spectral_norm = oracle_singular_values(E)[0];
+    if (!(f.lower <= frobenius_norm && frobenius_norm <= f.upper)) ++violations;
+    if (!(s.lower <= spectral_norm && spectral_norm <= s.upper)) ++violations;
+    // Close where the error is well above what the parts' rounding hides.
+    const double root_eps = std::sqrt(double(std::numeric_limits<T>::epsilon()));
+    if (frobenius_norm > 200 * root_eps * part_norm && f.upper - f.lower > 0.01 * frobenius_norm) ++wide;
+  }
+};
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("the certificates hold for every kind of operator, and for an empty approximation", T, float,
+                   double) {
+  using Store = std::conditional_t<std::same_as<T, float>, bf16, double>;
+  Tally tally;
+  for (std::uint64_t i = 0; i < 400; ++i) {
+    const CounterRng rng(i, 80);
+    const Matrix<T> W = specimen<T>(i);
+    const Index m = W.rows(), n = W.cols(), r = 1 + Index(rng.below(0, 5));
+    const Svd<T> empty{Matrix<T>(m, 0), {}, Matrix<T>(n, 0)};
+    // A truncated SVD of what the operator stands for, or nothing at all.
+    const auto judge = [&](const auto& op, const Matrix<double>& exact, double parts) {
+      tally.judge(op, exact, empty, parts);
+      if (i % 4 == 0) tally.judge(op, exact, approximation(round_to<T>(exact), i), parts);
+    };
+    const auto dense = dense_operator<T, T>(W.view());
+    judge(dense, Matrix<double>(W), frobenius(W));
+    judge(TransposedOperator(dense_operator<T, T>(W.view().transposed())), Matrix<double>(W), frobenius(W));
+    const Matrix<Store> stored(W);
+    judge(dense_operator<T, Store>(stored.view()), Matrix<double>(stored), frobenius(W));
+    const DenseBase<T, Store> base(stored.view());
+    judge(base_operator<T>(base), Matrix<double>(stored), frobenius(W));
+
+    // W₁ − W₀ and diag(d)·W·diag(e) are the matrices of the differences and products rounded to T.
+    Matrix<double> difference(m, n), scaled(m, n);
+    std::vector<T> d(static_cast<std::size_t>(m)), e(static_cast<std::size_t>(n));
+    CounterRng(i, 81).fill_normal(MatrixView<T>(d.data(), 1, m, m, 1));
+    CounterRng(i, 82).fill_normal(MatrixView<T>(e.data(), 1, n, n, 1));
+    for (Index a = 0; a < m; ++a)
+      for (Index b = 0; b < n; ++b) {
+        difference(a, b) = double(T(W(a, b) - T(stored(a, b))));
+        scaled(a, b) = double(T(T(d[std::size_t(a)] * W(a, b)) * e[std::size_t(b)]));
+      }
+    judge(difference_operator<T, T, Store>(W.view(), stored.view()), difference, frobenius(difference));
+    judge(column_scaled(row_scaled(dense, std::span<const T>(d)), std::span<const T>(e)), scaled, frobenius(scaled));
+
+    // s·B·A and W + s·B·A; in every third W cancels s·B·A but for its rounding, in the next but for a hundredth.
+    LoraFactors<T> f{gaussian<T>(r, n, i + 7), gaussian<T>(m, r, i + 8), T(0.7)};
+    if (r > 1 && i % 5 == 0)  // two columns that cancel
+      for (Index a = 0; a < m; ++a) f.B(a, 1) = -f.B(a, 0);
+    if (r > 1 && i % 5 == 0)
+      for (Index b = 0; b < n; ++b) f.A(1, b) = f.A(0, b) * T(1 + 1e-3);
+    Matrix<double> BA = product(f.B, f.A);
+    for (Index a = 0; a < BA.size(); ++a) BA.data()[a] *= double(f.scale);
+    judge(ProductOperator<T>(f.B.view(), f.A.view(), f.scale), BA, frobenius(f.B) * frobenius(f.A));
+    Matrix<T> under = W;
+    for (Index a = 0; a < W.size() && i % 3 > 0; ++a)
+      under.data()[a] = T((i % 3 == 1 ? 0 : 0.01) * double(W.data()[a]) - BA.data()[a]);
+    Matrix<double> sum(under);
+    for (Index a = 0; a < sum.size(); ++a) sum.data()[a] += BA.data()[a];
+    const double parts = frobenius(under) + frobenius(f.B) * frobenius(f.A);
+    const auto updated = updated_operator(dense_operator<T, T>(under.view()), f);
+    judge(updated, sum, parts);
+    // The same from the other side, through a transpose, and on factors in place of W.
+    using Once = TransposedOperator<std::remove_const_t<decltype(updated)>>;
+    judge(TransposedOperator<Once>(Once(updated)), sum, parts);
+    Matrix<T> one(n, n);
+    for (Index b = 0; b < n; ++b) one(b, b) = T(1);
+    judge(updated_operator(ProductOperator<T>(under.view(), one.view()), f), sum,
+          parts + frobenius(one) * frobenius(under));
+  }
+  CHECK(tally.count > 4000);
+  CHECK(tally.violations == 0);
+  CHECK(tally.wide == 0);
+}
+
+TEST_CASE_TEMPLATE("factors of any size are no trouble to the spectral bound", T, float, double) {
+  // A = B·Aᵀ exactly as the approximation has it, S = 1: what is left is rounding, of products 1e6 times those of S.
+  for (std::uint64_t i = 0; i < 100; ++i) {
+    Svd<T> a{gaussian<T>(40, 5, i), std::vector<T>(5, T(1)), gaussian<T>(30, 5, i + 1)};
+    for (Index j = 0; j < a.U.size(); ++j) a.U.data()[j] *= T(1e6);
+    const Matrix<T> A = round_to<T>(product(a.U, transpose(a.V)));
+    const double exact = oracle_singular_values(error_of(A, a))[0];
+    const NormBounds s = spectral_error(dense_operator<T, T>(A.view()), a, {.seed = i});
+    CHECK(s.lower <= exact);
+    CHECK(exact <= s.upper);
+    CHECK(s.upper < 1e-3 * frobenius(A));
+  }
+}
+
 TEST_CASE("more powers bring the spectral bounds together") {
   const Matrix<double> A = gaussian<double>(60, 50, 3);
   const Svd<double> nothing{Matrix<double>(60, 0), {}, Matrix<double>(50, 0)};
@@ -160,6 +267,38 @@ TEST_CASE_TEMPLATE("residuals and values of truncated_svd bound true singular va
                    double) {
   int violations = 0;
   const double eps = double(std::numeric_limits<T>::epsilon());
+  const auto judge = [&](const Matrix<T>& A, const TruncatedSvd<T>& r) {
+    const auto exact = oracle_singular_values(A);
+    const Matrix<double> AV = product(A, r.V), AtU = product(transpose(A), r.U);
+    // What judges errs too: Eigen in double, and plain sums in double. In float that is nothing.
+    const double judge_error = 64 * 0x1p-52 * exact[0];
+    for (std::size_t j = 0; j < r.S.size(); ++j) {
+      const double s = double(r.S[j]);
+      if (!(s <= exact[j] + r.rounding + judge_error)) ++violations;
+      double nearest = INFINITY, left = 0, right = 0;
+      for (const double x : exact) nearest = std::min(nearest, std::abs(x - s));
+      for (Index a = 0; a < A.rows(); ++a) left += std::pow(AV(a, Index(j)) - s * double(r.U(a, Index(j))), 2);
+      for (Index a = 0; a < A.cols(); ++a) right += std::pow(AtU(a, Index(j)) - s * double(r.V(a, Index(j))), 2);
+      if (!(nearest <= r.error(Index(j)) + judge_error)) ++violations;
+      if (!(std::sqrt(std::max(left, right)) <= r.error(Index(j)) + judge_error)) ++violations;
+    }
+  };
+  // Small ones, decomposed whole: what is left is rounding alone.
+  for (std::uint64_t i = 0; i < 1500; ++i) {
+    const Matrix<T> A = specimen<T>(i);
+    judge(A, truncated_svd(A, 1 + Index(CounterRng(i, 83).below(0, std::uint64_t(std::min(A.rows(), A.cols()))))));
+  }
+  // Converged to the floor of T, elements all of one sign among them: their rounding errors agree.
+  for (std::uint64_t i = 0; i < 30; ++i) {
+    Matrix<T> A = gaussian<T>(200, 160, i);
+    for (Index r = 0; r < 200; ++r)
+      for (Index c = 0; c < 160; ++c) {
+        if (i % 3 == 0) A(r, c) *= T(std::pow(0.9, double(c)));
+        if (i % 3 == 1) A(r, c) = std::abs(A(r, c));
+        if (i % 3 == 2) A(r, c) = T(0.1 + 0.01 * double(A(r, c)));
+      }
+    judge(A, truncated_svd(A, 20, {.energy_tolerance = 0, .residual_tolerance = 8 * eps, .max_passes = 60}));
+  }
   for (int i = 0; i < 1500; ++i) {
     const CounterRng rng(std::uint64_t(i), 79);
     // Larger than the whole-space limit, so that the iteration itself is judged, and stopped early.
@@ -176,14 +315,7 @@ TEST_CASE_TEMPLATE("residuals and values of truncated_svd bound true singular va
       if (!(captured <= r.total_energy * (1 + 64 * eps))) ++violations;
       continue;
     }
-    const auto exact = oracle_singular_values(A);
-    const double unit = 64 * eps * exact[0];
-    for (std::size_t j = 0; j < r.S.size(); ++j) {
-      if (!(double(r.S[j]) <= exact[j] + unit)) ++violations;
-      double nearest = INFINITY;
-      for (const double s : exact) nearest = std::min(nearest, std::abs(s - double(r.S[j])));
-      if (!(nearest <= r.residuals[j] + unit)) ++violations;
-    }
+    judge(A, r);
   }
   CHECK(violations == 0);
 }

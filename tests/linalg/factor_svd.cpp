@@ -121,7 +121,7 @@ TEST_CASE("factors that do not fit or are not finite are refused") {
   CHECK_THROWS_AS(frobenius_norm(f), ShapeError);
   f = factors<float>(8, 10, 3, 1, 1);
   f.A(1, 2) = NAN;
-  CHECK_THROWS_WITH_AS(svd(f), "svd: element (1, 2) is nan", NonFiniteError);
+  CHECK_THROWS_WITH_AS(svd(f), "svd: A must be finite, got nan at (1, 2)", NonFiniteError);
   f = factors<float>(8, 10, 3, 1, 1);
   f.scale = INFINITY;
   CHECK_THROWS_AS(svd(f), ArgumentError);

@@ -180,10 +180,11 @@ TEST_CASE("what is not finite is refused by name, and so are senseless options")
   Matrix<float> W = gaussian<float>(150, 140, 1);
   W(7, 139) = NAN;
   W(100, 3) = INFINITY;
-  CHECK_THROWS_WITH_AS(singular_values(W), "singular_values: element (7, 139) is nan", NonFiniteError);
+  CHECK_THROWS_WITH_AS(singular_values(W), "singular_values: W must be finite, got nan at (7, 139)", NonFiniteError);
   Matrix<bf16> narrow(3, 3);
   narrow(2, 1) = bf16(-INFINITY);
-  CHECK_THROWS_WITH_AS(singular_values(narrow), "singular_values: element (2, 1) is -inf", NonFiniteError);
+  CHECK_THROWS_WITH_AS(singular_values(narrow), "singular_values: W must be finite, got -inf at (2, 1)",
+                       NonFiniteError);
   const Matrix<float> small(2, 2);
   CHECK_THROWS_AS(singular_values(small, {.accuracy = 0}), ArgumentError);
   CHECK_THROWS_AS(singular_values(small, {.accuracy = NAN}), ArgumentError);

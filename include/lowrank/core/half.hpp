@@ -15,8 +15,8 @@ namespace lowrank {
 
 namespace detail {
 
-/// x as a float whose last bit is 1 unless x is exactly representable. Rounding that once more, to fewer bits, gives what
-/// rounding x at once would have given; going through the nearest float would round ties twice.
+/// x as a float whose last bit is 1 unless x is exactly representable. Rounding that once more, to fewer bits, gives
+/// what rounding x at once would have given; going through the nearest float would round ties twice.
 constexpr float float_rounded_to_odd(double x) {
   const float nearest = static_cast<float>(x);
   const double back = nearest;
@@ -101,5 +101,20 @@ concept Real = std::same_as<T, float> || std::same_as<T, double>;
 template <class S, class T>
 concept StorageOf = Real<T> &&
     (std::same_as<S, T> || (std::same_as<T, float> && (std::same_as<S, bf16> || std::same_as<S, f16>)));
+
+namespace detail {
+template <class S>
+struct ArithmeticOf {
+  using type = float;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = double;
+};
+}  // namespace detail
+
+/// The scalar arithmetic is done in for elements stored as S: double for double, float for float, bf16 and f16.
+template <class S>
+using arithmetic_of = typename detail::ArithmeticOf<std::remove_const_t<S>>::type;
 
 }  // namespace lowrank

@@ -2,8 +2,9 @@
 // CorDA: the split of W that a task's inputs ask for, from the covariance of the layer's activations.
 #pragma once
 
-#include "lowrank/init/minor_svd.hpp"
 #include "lowrank/init/pissa.hpp"
+#include "lowrank/linalg/minor_svd.hpp"
+#include "lowrank/linalg/times_symmetric.hpp"
 
 namespace lowrank {
 
@@ -38,13 +39,18 @@ class ActivationCovariance {
     return result;
   }
 
-  /// Adds a batch. **Shapes** X tokens×in, any order. **Throws** ShapeError; NonFiniteError, before anything is added.
+  /// Adds a batch. **Shapes** X tokens×in, any order. **Throws** ShapeError; NonFiniteError; ArgumentError when squares
+  /// of X would leave T's range (|x| near 1e19 in float); all before anything is added.
   template <MatrixOf<const T> Batch>
   void add(Batch&& batch) {
     const MatrixView<const T> X = view_of(batch);
     detail::expect_shape("ActivationCovariance::add", "X", X.rows(), X.cols(), X.rows(), sum_.cols());
-    detail::expect_finite("ActivationCovariance::add", "X", X);
+    const double largest = detail::checked_max_abs("ActivationCovariance::add", "X", X);
     if (X.rows() == 0) return;
+    if (!(largest * largest * double(tokens_ + X.rows()) < double(std::numeric_limits<T>::max())))
+      throw ArgumentError(
+          detail::text("ActivationCovariance::add: the squares of X must stay in range, got an element of ", largest));
+    nonzero_ = nonzero_ || largest > 0;
     detail::product<T, T, T>(T(1), X.transposed(), X.transposed(), true, sum_.view());
     tokens_ += X.rows();
   }
@@ -53,7 +59,8 @@ class ActivationCovariance {
   [[nodiscard]] Index in_features() const noexcept { return sum_.cols(); }
 
   /// C = (1/tokens)·Σ x·xᵀ + damping·mean(diag)·I, symmetric to the last bit.
-  /// **Throws** ArgumentError before the first token, on a damping that is negative or not finite.
+  /// **Throws** ArgumentError before the first token, on a damping that is negative or not finite, and when the squares
+  /// of all activations were below T's range, so that nothing is left of them.
   [[nodiscard]] Matrix<T> damped(double damping) const {
     if (tokens_ == 0) throw ArgumentError("ActivationCovariance: no activations were added");
     if (!(damping >= 0) || !std::isfinite(damping))
@@ -62,6 +69,8 @@ class ActivationCovariance {
     Matrix<T> C(n, n);
     double trace = 0;
     for (Index i = 0; i < n; ++i) trace += double(sum_(i, i));
+    if (nonzero_ && !(trace > 0))
+      throw ArgumentError("ActivationCovariance: the squares of the activations vanish in this scalar; scale them up");
     const double scale = 1 / double(tokens_), shift = damping * trace * scale / double(n);
     for (Index i = 0; i < n; ++i) {
       for (Index j = 0; j < i; ++j) C(i, j) = C(j, i) = T(scale * 0.5 * (double(sum_(i, j)) + double(sum_(j, i))));
@@ -73,6 +82,7 @@ class ActivationCovariance {
  private:
   Matrix<T> sum_;
   Index tokens_ = 0;
+  bool nonzero_ = false;
 };
 
 /// Which end of the spectrum of W·C trains.
@@ -98,28 +108,68 @@ struct CordaOptions {
 
 namespace detail {
 
-/// W·C for symmetric C, never formed.
-template <Real T, class S>
-class TimesSymmetric {
- public:
-  using scalar = T;
-  TimesSymmetric(MatrixView<const S> W, MatrixView<const T> C) : W_(W), C_(C) {}
-  [[nodiscard]] Index rows() const { return W_.rows(); }
-  [[nodiscard]] Index cols() const { return W_.cols(); }
-  void apply(MatrixView<const T> X, MatrixView<T> Y) const {
-    const Matrix<T> CX = multiply<T>(C_, X);
-    product<T, S, T>(T(1), W_, CX.view().transposed(), false, Y);
-  }
-  void apply_adjoint(MatrixView<const T> X, MatrixView<T> Y) const {
-    Matrix<T> WtX(W_.cols(), X.cols());
-    product<T, S, T>(T(1), W_.transposed(), X.transposed(), false, WtX.view());
-    product<T, T, T>(T(1), C_, WtX.view().transposed(), false, Y);
-  }
-
- private:
-  MatrixView<const S> W_;
-  MatrixView<const T> C_;
+/// The triplets of W·C a mode asks for, with what the report says about them.
+template <Real T>
+struct CordaTriplets {
+  Svd<T> svd;
+  double total_energy = 0;  ///< ‖W·C‖_F²
+  double largest = 0;       ///< what a value must not be rounding beside
+  Index passes = 0;
+  bool converged = true;
+  const char* how = "";
 };
+
+/// ‖W·C‖_F², the rows of W·C taken in bands of `band`'s height; a band as high as W keeps them all.
+template <Real T, class S>
+double corda_energy(MatrixView<const S> W, MatrixView<const T> C, MatrixView<T> band) {
+  double energy = 0;
+  for (Index i = 0; i < W.rows(); i += band.rows()) {
+    const auto rows = band.middle_rows(0, std::min(band.rows(), W.rows() - i));
+    product<T, S, T>(T(1), W.middle_rows(i, rows.rows()), C, false, rows);
+    energy += squared_norm(rows);
+  }
+  return energy;
+}
+
+/// The first r triplets of W·C without forming it, or the last r, for which it is formed.
+template <Real T, class S>
+CordaTriplets<T> corda_triplets(MatrixView<const S> W, MatrixView<const T> C, const CordaOptions& options) {
+  const Index m = W.rows(), n = W.cols(), r = options.rank;
+  const bool knowledge = options.mode == CordaMode::knowledge;
+  CordaTriplets<T> out;
+  Matrix<T> band(knowledge ? m : std::clamp<Index>((Index(1) << 20) / n, 1, m), n);
+  out.total_energy = corda_energy<T, S>(W, C, band.view());
+  if (knowledge) {
+    MinorSvd<T> minor = minor_svd(band, r, {.seed = options.svd.seed});
+    out.how = way_found(minor);
+    out.svd = std::move(static_cast<Svd<T>&>(minor));
+    out.largest = std::sqrt(out.total_energy / double(std::min(m, n)));
+  } else {
+    TruncatedSvd<T> top = truncated_svd<T>(TimesSymmetric<T, S>(W, C), r, options.svd);
+    out.passes = top.passes;
+    out.converged = top.converged;
+    out.largest = double(top.S[0]);
+    out.svd = std::move(static_cast<Svd<T>&>(top));
+  }
+  return out;
+}
+
+/// B = U·√(S/s) and A = (s·S)^(−½)·Uᵀ·W; both zero where S is rounding.
+template <Real T, class S>
+void corda_factors(MatrixView<const S> W, CordaTriplets<T>&& d, double scale, LoraFactors<T>& f) {
+  const Index m = W.rows(), n = W.cols(), r = Index(d.svd.S.size());
+  f.scale = T(scale);
+  f.A.resize(r, n);
+  f.B = std::move(d.svd.U);
+  product<T, T, S>(T(1), f.B.view().transposed(), W.transposed(), false, f.A.view());  // Uᵀ·W
+  for (Index k = 0; k < r; ++k) {
+    const double s = double(d.svd.S[std::size_t(k)]);
+    const bool dead = s <= d.largest * double(std::max(m, n)) * double(std::numeric_limits<T>::epsilon());
+    const T up = T(dead ? 0 : std::sqrt(s / scale)), down = T(dead ? 0 : 1 / std::sqrt(s * scale));
+    for (Index i = 0; i < m; ++i) f.B(i, k) *= up;
+    for (Index j = 0; j < n; ++j) f.A(k, j) *= down;
+  }
+}
 
 }  // namespace detail
 
@@ -154,48 +204,13 @@ auto corda(X&& weight, const ActivationCovariance<arithmetic_of<scalar_of<X>>>& 
 
   Initialised<T, std::conditional_t<std::is_void_v<Base>, T, Base>> result;
   InitReport& report = result.report;
-  Svd<T> d;
-  double largest = 0;
-  const char* how = "";
-  {
-    // ‖W·C‖_F² = Σ over rows of W·C; the instruction mode takes it in bands so that W·C is not kept.
-    const bool keep = options.mode == CordaMode::knowledge;
-    const Index height = keep ? m : std::clamp<Index>((Index(1) << 20) / n, 1, m);
-    Matrix<T> band(height, n);
-    for (Index i = 0; i < m; i += height) {
-      const auto rows = band.view().middle_rows(0, std::min(height, m - i));
-      detail::product<T, S, T>(T(1), W.middle_rows(i, rows.rows()), C.view(), false, rows);
-      report.total_energy += detail::squared_norm(rows);
-    }
-    if (keep) {
-      MinorSvd<T> minor = minor_svd(band, r, {.seed = options.svd.seed});
-      how = detail::way_found(minor);
-      d = std::move(static_cast<Svd<T>&>(minor));
-      largest = std::sqrt(report.total_energy / double(std::min(m, n)));
-    } else {
-      TruncatedSvd<T> top = truncated_svd<T>(detail::TimesSymmetric<T, S>(W, C.view()), r, options.svd);
-      report.passes = top.passes;
-      report.converged = top.converged;
-      largest = double(top.S[0]);
-      d = std::move(static_cast<Svd<T>&>(top));
-    }
-  }
-  for (const T s : d.S) report.captured_energy += double(s) * double(s);
-  const double eps = double(std::numeric_limits<T>::epsilon());
-  report.notes = detail::dead_pairs_note(d.S, largest, m, n, eps) + how;
-
-  LoraFactors<T>& f = result.factors;
-  f.scale = T(scale);
-  f.A.resize(r, n);
-  f.B = std::move(d.U);
-  detail::product<T, T, S>(T(1), f.B.view().transposed(), W.transposed(), false, f.A.view());  // Uᵀ·W
-  for (Index k = 0; k < r; ++k) {
-    const double s = double(d.S[std::size_t(k)]);
-    const bool dead = s <= largest * double(std::max(m, n)) * eps;
-    const T up = T(dead ? 0 : std::sqrt(s / scale)), down = T(dead ? 0 : 1 / std::sqrt(s * scale));
-    for (Index i = 0; i < m; ++i) f.B(i, k) *= up;
-    for (Index j = 0; j < n; ++j) f.A(k, j) *= down;
-  }
+  detail::CordaTriplets<T> d = detail::corda_triplets<T, S>(W, C.view(), options);
+  report.total_energy = d.total_energy;
+  report.passes = d.passes;
+  report.converged = d.converged;
+  for (const T s : d.svd.S) report.captured_energy += double(s) * double(s);
+  report.notes = detail::dead_pairs_note(d.svd.S, d.largest, m, n, double(std::numeric_limits<T>::epsilon())) + d.how;
+  detail::corda_factors<T, S>(W, std::move(d), scale, result.factors);
   detail::split_weight("corda", W, options.factor_storage, result);
   report.seconds = watch.seconds();
   return result;

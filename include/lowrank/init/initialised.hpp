@@ -9,23 +9,9 @@
 #include <type_traits>
 
 #include "lowrank/core/factors.hpp"
+#include "lowrank/linalg/scaling.hpp"
 
 namespace lowrank {
-
-namespace detail {
-template <class S>
-struct ArithmeticOf {
-  using type = float;
-};
-template <>
-struct ArithmeticOf<double> {
-  using type = double;
-};
-}  // namespace detail
-
-/// The scalar arithmetic is done in for elements stored as S: double for double, float for float, bf16 and f16.
-template <class S>
-using arithmetic_of = typename detail::ArithmeticOf<std::remove_const_t<S>>::type;
 
 /// The type the values of A and B will be stored in. `native` keeps every bit; the others round now, so that a residual
 /// base can be formed from exactly the factors that will be loaded again.
@@ -105,23 +91,6 @@ void round_to_storage(const char* where, MatrixView<T> m, FactorStorage storage)
   if (overflow)
     throw ArgumentError(text(where, ": a factor exceeds the range of ", storage == FactorStorage::bf16 ? "bf16" : "f16",
                              "; store it in a wider type"));
-}
-
-/// Throws unless all elements are finite; names the function, the argument and the first offender.
-template <class S>
-void expect_finite(const char* where, const char* what, const MatrixView<S>& m) {
-  double sum = 0;  // NaN and infinity survive a sum of x·0
-  for_each_run(m, [&](const auto* x, Index n) {
-    double s = 0;
-    for (Index i = 0; i < n; ++i) s += double(x[i]) * 0.0;
-    sum += s;
-  });
-  if (sum == 0) return;
-  for (Index i = 0; i < m.rows(); ++i)
-    for (Index j = 0; j < m.cols(); ++j)
-      if (!std::isfinite(double(m(i, j))))
-        throw NonFiniteError(
-            text(where, ": ", what, " must be finite, got ", double(m(i, j)), " at (", i, ", ", j, ")"));
 }
 
 /// Throws unless C could be a covariance as far as its entries tell: finite, symmetric up to rounding, no negative

@@ -50,7 +50,7 @@ auto lora_ga(X&& weight, Y&& gradient, const LoraGaOptions& options = {}) {
   result.factors.scale = T(detail::scale_of<T>(options));
 
   const TruncatedSvd<T> d = truncated_svd(G, 2 * r, options.svd);
-  if (!(d.captured_energy > 0)) throw ArgumentError("lora_ga: the gradient must not be zero");
+  if (!(d.S[0] > 0)) throw ArgumentError("lora_ga: the gradient must not be zero");
   const T c = T(std::pow(double(W.rows()), 0.25) / std::sqrt(options.gamma));
   result.factors.A.resize(r, W.cols());
   result.factors.B.resize(W.rows(), r);

@@ -2,8 +2,8 @@
 // MiLoRA and MiCA: adapters in the minor singular subspace, which pretraining used least.
 #pragma once
 
-#include "lowrank/init/minor_svd.hpp"
 #include "lowrank/init/pissa.hpp"
+#include "lowrank/linalg/minor_svd.hpp"
 
 namespace lowrank {
 

@@ -40,19 +40,12 @@ auto olora(X&& weight, const OloraOptions& options = {}) {
   detail::check_rank("olora", r, m, n);
   Initialised<T, Stored> result;
   result.factors.scale = T(detail::scale_of<T>(options));
-  result.factors.B = Matrix<T>(W.middle_cols(0, r));
-  detail::expect_finite("olora", "W", result.factors.B.view());
-  // Powers of two: a column of 1e30 must not overflow in the products of the QR, and scaling back is exact.
-  double largest = 0;
-  detail::for_each_run(result.factors.B.view(), [&](const T* x, Index k) {
-    for (Index i = 0; i < k; ++i) largest = std::max(largest, std::abs(double(x[i])));
-  });
-  if (largest > 0) {
-    const T scaling = std::ldexp(T(1), -std::ilogb(largest));
-    detail::for_each_run(result.factors.B.view(), [&](T* x, Index k) {
-      for (Index i = 0; i < k; ++i) x[i] *= scaling;
-    });
-  }
+  // Powers of two, taken in double: columns of 1e30 must not overflow in the products of the QR, nor denormals lose
+  // their bits.
+  const MatrixView<const S> leading = W.middle_cols(0, r);
+  result.factors.B = Matrix<T>(m, r);
+  detail::copy_scaled(leading, detail::unit_scale(detail::checked_max_abs("olora", "W", leading)),
+                      result.factors.B.view());
   orthonormalize(result.factors.B.view());
   result.factors.A.resize(r, n);
   detail::product<T, T, S>(T(1), result.factors.B.view().transposed(), W.transposed(), false, result.factors.A.view());

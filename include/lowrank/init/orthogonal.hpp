@@ -26,7 +26,8 @@ struct OrthogonalOptions {
 /// **Shapes** A r×in, B out×r. **Scale** s = α/r or α/√r. **Throws** ArgumentError: rank outside [2, min(out, in)], α
 /// not positive and finite, std negative or not finite. **Cost** (out + in)·r² flops.
 /// **Numerics** ‖B·A‖ is rounding, some eps·‖B‖·‖A‖, not an exact zero.
-/// **Source** the scheme behind PEFT's `"orthogonal"`, which admits even ranks only.
+/// **Source** no paper: the scheme is that of PEFT's `init_lora_weights="orthogonal"`, which admits even ranks only; the
+/// random orthogonal matrix from a QR of a Gaussian one: Stewart, SIAM J. Numer. Anal. 17 (1980), §3.
 template <Real T>
 Initialised<T> orthogonal(Index out, Index in, const OrthogonalOptions& options = {}) {
   const detail::Stopwatch watch;

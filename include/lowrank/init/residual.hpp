@@ -2,11 +2,11 @@
 // The residual base W − s·B·A, formed panel by panel so that a narrow W is never widened whole.
 #pragma once
 
-#include <array>
 #include <vector>
 
 #include "lowrank/init/initialised.hpp"
 #include "lowrank/linalg/gemm.hpp"
+#include "lowrank/linalg/vector_ops.hpp"
 
 namespace lowrank {
 
@@ -19,52 +19,6 @@ struct ResidualNorms {
 };
 
 namespace detail {
-
-/// Σ f(i) over [0, n) in eight double accumulators: vectorises, and its bits do not depend on threads.
-template <class F>
-double lane_sum(Index n, F&& f) {
-  std::array<double, 8> lane{};
-  Index i = 0;
-  for (; i + 8 <= n; i += 8)
-    for (int l = 0; l < 8; ++l) lane[std::size_t(l)] += f(i + l);
-  double sum = 0;
-  for (; i < n; ++i) sum += f(i);
-  for (const double x : lane) sum += x;
-  return sum;
-}
-
-/// ‖x‖₂ in double, also when the squares of doubles overflow; NaN and infinity come through.
-template <class T>
-double robust_norm(Index n, const T* x) {
-  const double sum = lane_sum(n, [&](Index i) { return double(x[i]) * double(x[i]); });
-  if (std::isfinite(sum)) return std::sqrt(sum);
-  double largest = 0;
-  for (Index i = 0; i < n; ++i) {
-    if (!std::isfinite(double(x[i]))) return std::abs(double(x[i]));
-    largest = std::max(largest, std::abs(double(x[i])));
-  }
-  return largest * std::sqrt(lane_sum(n, [&](Index i) {
-           const double y = double(x[i]) / largest;
-           return y * y;
-         }));
-}
-
-/// ‖m‖_F² in double; one sum a row (or column, as stored), so that its bits do not depend on threads.
-template <class S>
-double squared_norm(const MatrixView<S>& m) {
-  const auto v = m.is_row_major() ? m : m.transposed();
-  std::vector<double> sums(static_cast<std::size_t>(v.rows()));
-  parallel_ranges(v.rows(), 1 + 32768 / (v.cols() + 1), [&](Index begin, Index end) {
-    for (Index i = begin; i < end; ++i)
-      sums[std::size_t(i)] = lane_sum(v.cols(), [x = v.data() + i * v.row_stride()](Index j) {
-        const double e = double(x[j]);
-        return e * e;
-      });
-  });
-  double sum = 0;
-  for (const double x : sums) sum += x;
-  return sum;
-}
 
 /// Rows [i0, i1) of W − s·B·A in `panel` (i1 − i0 rows of n). W row-major.
 template <class T, class S>
@@ -122,7 +76,7 @@ ResidualNorms residual_base(MatrixView<const S> W, const LoraFactors<T>& f, Matr
     detail::parallel_ranges(i1 - i0, 16, [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
         const T* p = &panel(i, 0);
-        residual[std::size_t(i0 + i)] = detail::robust_norm(n, p);
+        residual[std::size_t(i0 + i)] = detail::norm2(n, p);
         if (base.col_stride() == 1) {
           Out* b = &base(i0 + i, 0);
           for (Index j = 0; j < n; ++j) b[j] = Out(p[j]);
@@ -137,7 +91,7 @@ ResidualNorms residual_base(MatrixView<const S> W, const LoraFactors<T>& f, Matr
       }
     });
   }
-  norms.residual = detail::robust_norm(W.rows(), residual.data());
+  norms.residual = detail::norm2(W.rows(), residual.data());
   norms.storage_error = std::sqrt(detail::lane_sum(W.rows(), [&](Index i) { return lost[std::size_t(i)]; }));
   if (!std::isfinite(norms.residual))
     throw NonFiniteError("residual_base: W - s*B*A must be finite, got NaN or infinity (in W, A or B, or by overflow)");

@@ -323,7 +323,7 @@ class BlockKrylov {
   /// SVD of Y = M·V (vectors in rows), truncated to k, with the residuals measured.
   void decompose(Matrix<T> V, Matrix<T> Y) {
     const Index w = V.rows(), n = V.cols(), m = Y.cols();
-    Matrix<T> R(w, w);
+    Matrix<T> R(w, w), product(Y.view());  // M·V as it came, to measure by
     thin_qr_in_place(Y.view().transposed(), R.view());
     const Svd<double> inner = small_svd<double>(Matrix<double>(R.view()).view());
     Matrix<T> P(w, k_), Q(w, k_), Z(k_, n);
@@ -337,17 +337,30 @@ class BlockKrylov {
     gemm(T(1), P.view().transposed(), Y.view(), left_.view());
     gemm(T(1), Q.view().transposed(), V.view(), right_.view());
     M_.adjoint(left_.view(), Z.view());
+    gemm(T(1), Q.view().transposed(), product.view(), Y.view().middle_rows(0, k_));  // M·(right vectors)
     sigma_.assign(inner.S.begin(), inner.S.begin() + k_);
     residual_.assign(std::size_t(k_), 0.0);
     for (Index i = 0; i < k_; ++i) {
       const double sigma = sigma_[std::size_t(i)];
-      double square = 0;
-      for (Index j = 0; j < n; ++j) {
-        const double r = double(Z(i, j)) - sigma * double(right_(i, j));
-        square += r * r;
-      }
-      residual_[std::size_t(i)] = std::sqrt(square);
+      const auto distance = [&](const T* x, const T* y, Index length) {
+        return std::sqrt(lane_sum(length, [&](Index j) {
+          const double r = double(x[j]) - sigma * double(y[j]);
+          return r * r;
+        }));
+      };
+      residual_[std::size_t(i)] = std::max(distance(&Z(i, 0), &right_(i, 0), n), distance(&Y(i, 0), &left_(i, 0), m));
     }
+  }
+
+  /// `converged` and `stopped`, from the tolerances as asked for. The iteration stops at a few eps; what is below that
+  /// was not reached, except by a zero matrix.
+  void settle_verdict() {
+    const Index most = options_.max_passes > 0 ? options_.max_passes : 1000;
+    const bool resolved = options_.energy_tolerance == 0 || options_.energy_tolerance >= 4 * eps || sigma_[0] == 0;
+    const bool triplets = options_.residual_tolerance == 0 || triplets_met();
+    result_.converged = energy_met_ && resolved && triplets;
+    const bool cut_short = !energy_met_ || (!triplets && (!residual_met_ || M_.passes() + 8 >= most));
+    result_.stopped = result_.converged ? StopReason::met : cut_short ? StopReason::passes : StopReason::scalar_limit;
   }
 
   [[nodiscard]] bool triplets_met() const {
@@ -365,7 +378,9 @@ class BlockKrylov {
     result_.passes = M_.passes();
     result_.block = block_;
     result_.basis = basis_size_;
-    result_.converged = energy_met_ && (options_.residual_tolerance == 0 || triplets_met());
+    result_.rounding = (std::sqrt(double(std::max(left_.cols(), right_.cols()))) + 8) * eps * M_.unscaled(sigma_[0]) +
+                       double(std::numeric_limits<T>::denorm_min());
+    settle_verdict();
     const bool right = M_.side() == GramSide::right;
     result_.U = Matrix<T>((right ? left_ : right_).view().transposed());
     result_.V = Matrix<T>((right ? right_ : left_).view().transposed());

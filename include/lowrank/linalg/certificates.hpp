@@ -28,17 +28,42 @@ void check_svd_shapes(const char* where, const Svd<T>& a, Index m, Index n) {
   expect_shape(where, "V", a.V.rows(), a.V.cols(), n, k);
 }
 
-/// Σ_ij s_i s_j (XᵀX)_ij (YᵀY)_ij = ‖X·diag(s)·Yᵀ‖_F² in double.
+/// What U·diag(S)·Vᵀ weighs.
+struct ProductNorm {
+  double squared = 0;  ///< ‖U·diag(S)·Vᵀ‖_F²
+  double error = 0;    ///< of `squared`, at most, by rounding
+  double terms = 0;    ///< Σ |sᵢ|·‖uᵢ‖·‖vᵢ‖
+  double root = 0;     ///< √Σ (sᵢ·‖uᵢ‖·‖vᵢ‖)²: what products with it round relative to
+};
+
+/// The relative error, at most, of a sum of m·n squares in double. A sum here has one accumulator a lane and is cut
+/// into rows, so that (m + n)·2⁻⁵³ would be a proof of what is a few units for random errors; this is a proof up to m +
+/// n = 64 and twice eight standard deviations of it beyond.
+inline double double_rounding(Index m, Index n) { return 0x1p-50 * std::sqrt(double(m + n)); }
+
+/// Σ_ij s_i s_j (UᵀU)_ij (VᵀV)_ij in double.
 template <class T>
-double product_norm_squared(MatrixView<const T> X, std::span<const T> s, MatrixView<const T> Y) {
-  const Index k = Index(s.size());
-  Matrix<double> x(X.transposed()), y(Y.transposed());
-  const Matrix<double> G = multiply<double>(x.view(), x.view().transposed());
-  const Matrix<double> H = multiply<double>(y.view(), y.view().transposed());
-  double sum = 0;
-  for (Index i = 0; i < k; ++i)
-    for (Index j = 0; j < k; ++j) sum += double(s[std::size_t(i)]) * double(s[std::size_t(j)]) * G(i, j) * H(i, j);
-  return sum;
+ProductNorm product_norm(const Svd<T>& a) {
+  const Index k = Index(a.S.size());
+  Matrix<double> u(a.U.view().transposed()), v(a.V.view().transposed());
+  const Matrix<double> G = multiply<double>(u.view(), u.view().transposed());
+  const Matrix<double> H = multiply<double>(v.view(), v.view().transposed());
+  ProductNorm out;
+  for (Index i = 0; i < k; ++i) {
+    const double own = std::abs(double(a.S[std::size_t(i)])) * std::sqrt(G(i, i) * H(i, i));
+    out.terms += own;
+    out.root += own * own;
+    for (Index j = 0; j < k; ++j) {
+      const double s = double(a.S[std::size_t(i)]) * double(a.S[std::size_t(j)]);
+      out.squared += s * G(i, j) * H(i, j);
+      // An element of G errs relative to ‖u_i‖·‖u_j‖, whatever is left of it, and so does one of H.
+      out.error += std::abs(s) * (std::sqrt(G(i, i) * G(j, j)) * std::abs(H(i, j)) +
+                                  std::abs(G(i, j)) * std::sqrt(H(i, i) * H(j, j)));
+    }
+  }
+  out.error *= double_rounding(a.U.rows() + k, a.V.rows() + k);
+  out.root = std::sqrt(out.root);
+  return out;
 }
 
 /// E = A − U·diag(S)·Vᵀ on blocks of vectors in rows.
@@ -75,8 +100,11 @@ struct ResidualOperator {
 /// For an exact triplet set this is √(‖A‖_F² − Σsᵢ²), the Frobenius identity; it stays true when they are not exact.
 /// **Shapes** A m×n, U m×k, V n×k. **Throws** ShapeError. **Cost** one product of A with k vectors, one reading for
 /// ‖A‖_F².
-/// **Numerics** the bounds allow for rounding in A·V of √n·eps·‖A‖_F‖vᵢ‖ a vector, so they are wide apart only when the
-/// error is below about √eps·‖A‖_F. **Source** 0909.4061 §4 for the identity.
+/// **Numerics** the bounds allow for rounding in A·V of 2·√n·eps·N·‖vᵢ‖ a vector, N = ‖A‖_F or A's rounding_norm(), for
+/// that of ‖A‖_F² (2⁻⁵⁰·√(m + n) of it, or what HasRoundingNorm says) and of the sums here. They are wide apart only
+/// when the error is below about √eps·N. Rounding errors are taken as independent, each sum at four times its standard
+/// deviation or more, and as a proof for n ≤ 16. **Source** 0909.4061 §4 for the identity; Higham & Mary, SIAM J. Sci.
+/// Comput. 41 (2019) for rounding errors as random ones.
 template <Real T, class Op>
 requires LinearOperator<Op, T> && HasFrobeniusNorm<Op> NormBounds frobenius_error(const Op& A,
                                                                                   const Svd<T>& approximation) {
@@ -85,21 +113,23 @@ requires LinearOperator<Op, T> && HasFrobeniusNorm<Op> NormBounds frobenius_erro
   const double total = A.frobenius_norm_squared();
   Matrix<T> AV(k, m);
   if (k > 0) A.apply(approximation.V.view(), AV.view().transposed());
-  double inner = 0, rounding = 0;
+  double inner = 0;
   for (Index i = 0; i < k; ++i) {
-    double uav = 0, u = 0, v = 0;
-    for (Index j = 0; j < m; ++j) {
-      uav += double(approximation.U(j, i)) * double(AV(i, j));
-      u += double(approximation.U(j, i)) * double(approximation.U(j, i));
-    }
-    for (Index j = 0; j < n; ++j) v += double(approximation.V(j, i)) * double(approximation.V(j, i));
+    double uav = 0;
+    for (Index j = 0; j < m; ++j) uav += double(approximation.U(j, i)) * double(AV(i, j));
     inner += double(approximation.S[std::size_t(i)]) * uav;
-    rounding += std::abs(double(approximation.S[std::size_t(i)])) * std::sqrt(u * v);
   }
-  const double own = detail::product_norm_squared<T>(approximation.U.view(), approximation.S, approximation.V.view());
+  const detail::ProductNorm own = detail::product_norm(approximation);
   const double eps = double(std::numeric_limits<T>::epsilon());
-  const double slack = 2 * std::sqrt(double(n)) * eps * std::sqrt(total) * rounding + 0x1p-46 * (total + own);
-  const double square = total - 2 * inner + own;
+  double scale = std::sqrt(total), product_error = 2 * std::sqrt(double(n)) * eps;
+  double norm_error = detail::double_rounding(m, n) * total;
+  if constexpr (HasRoundingNorm<Op>) {
+    scale = A.rounding_norm();
+    product_error = 2 * std::sqrt(double(std::max(m, n))) * eps;
+    norm_error = (product_error + detail::double_rounding(m, n)) * scale * scale;
+  }
+  const double slack = norm_error + 2 * (product_error + detail::double_rounding(m, n)) * scale * own.terms + own.error;
+  const double square = total - 2 * inner + own.squared;
   return {std::sqrt(std::max(0.0, square - slack)), std::sqrt(std::max(0.0, square + slack)), 0};
 }
 
@@ -117,7 +147,8 @@ struct SpectralErrorOptions {
 /// Gaussian ωᵢ, valid with probability at least 1 − α^{−r}; α is chosen for the probability asked for.
 /// **Shapes** A m×n, U m×k, V n×k, k ≥ 0. **Throws** ShapeError, ArgumentError. **Cost** 2q + 1 products with r
 /// vectors.
-/// **Numerics** both bounds allow for rounding of 8·√max(m, n)·eps·(s₁ + error), nothing else.
+/// **Numerics** both bounds allow for rounding of 8·√max(m, n)·eps·(√Σ(sᵢ‖uᵢ‖‖vᵢ‖)² + error + N), N A's rounding_norm()
+/// if it has one, nothing else.
 /// **Source** Halko, Martinsson & Tropp, arXiv 0909.4061, Lemma 4.1 and §4.4 (the lemma applied to powers of E).
 template <Real T, class Op>
 requires LinearOperator<Op, T> NormBounds spectral_error(const Op& A, const Svd<T>& approximation,
@@ -161,10 +192,10 @@ requires LinearOperator<Op, T> NormBounds spectral_error(const Op& A, const Svd<
     E.forward(X.view(), Y.view());
     normalize(Y, true);
   }
-  double s1 = 0;
-  for (const T s : approximation.S) s1 = std::max(s1, std::abs(double(s)));
+  double scale = detail::product_norm(approximation).root + lower;
+  if constexpr (HasRoundingNorm<Op>) scale += A.rounding_norm();
   const double eps = double(std::numeric_limits<T>::epsilon());
-  const double rounding = 8 * std::sqrt(double(std::max(m, n))) * eps * (s1 + lower);
+  const double rounding = 8 * std::sqrt(double(std::max(m, n))) * eps * scale;
   if (zero) return {0, rounding, options.failure_probability};
   const double alpha = std::pow(options.failure_probability, -1.0 / double(r));
   const double largest = *std::max_element(log_size.begin(), log_size.end());

@@ -32,7 +32,7 @@ class ProductOperator {
   void apply_adjoint(MatrixView<const T> X, MatrixView<T> Y, Update update = Update::assign) const {
     through(B_.transposed(), A_.transposed(), X, Y, update);
   }
-  /// tr((BᵀB)·(AAᵀ))·s², in double; O((m + n)·r²).
+  /// tr((BᵀB)·(AAᵀ))·s², in double: exact to 2⁻⁵³ of rounding_norm()², which covers columns that cancel; O((m + n)·r²).
   [[nodiscard]] double frobenius_norm_squared() const {
     const Index r = A_.rows();
     double sum = 0;
@@ -44,6 +44,18 @@ class ProductOperator {
         sum += a * b;
       }
     return std::max(0.0, sum * double(scale_) * double(scale_));
+  }
+  /// 2·|s|·Σ_k ‖b_k‖·‖a_k‖ with the columns of B and the rows of A: A·x and then B·(A·x) round relative to that,
+  /// whatever the terms leave of each other; O((m + n)·r).
+  [[nodiscard]] double rounding_norm() const {
+    double sum = 0;
+    for (Index k = 0; k < A_.rows(); ++k) {
+      double b = 0, a = 0;
+      for (Index i = 0; i < B_.rows(); ++i) b += double(B_(i, k)) * double(B_(i, k));
+      for (Index j = 0; j < A_.cols(); ++j) a += double(A_(k, j)) * double(A_(k, j));
+      sum += std::sqrt(b) * std::sqrt(a);
+    }
+    return 2 * std::abs(double(scale_)) * sum;
   }
 
  private:
@@ -112,8 +124,8 @@ class UpdatedOperator {
     gemm(update_.scale(), L.transposed(), Y, u.view());
     gemm(T(1), R.transposed(), u.view(), Z, Update::accumulate);
   }
-  /// ‖W‖² + 2s·⟨W, BA⟩ + ‖s·B·A‖², the middle term by one product of W with Aᵀ. Cancels when s·B·A is close to −W:
-  /// relative to ‖W‖² the error stays a few eps of T.
+  /// ‖W‖² + 2s·⟨W, BA⟩ + ‖s·B·A‖², the middle term by one product of W with Aᵀ in T: its error is relative to
+  /// rounding_norm()², as when s·B·A is close to −W and little is left.
   [[nodiscard]] double frobenius_norm_squared() const requires HasFrobeniusNorm<Op> {
     const MatrixView<const T> B = update_.left(), A = update_.right();
     Matrix<T> WA(A.rows(), rows());
@@ -123,6 +135,13 @@ class UpdatedOperator {
       for (Index i = 0; i < rows(); ++i) inner += double(WA(k, i)) * double(B(i, k));
     return std::max(
         0.0, W_.frobenius_norm_squared() + 2 * double(update_.scale()) * inner + update_.frobenius_norm_squared());
+  }
+  /// That of s·B·A added to W's, or to ‖W‖_F.
+  [[nodiscard]] double rounding_norm() const requires(HasRoundingNorm<Op> || HasFrobeniusNorm<Op>) {
+    if constexpr (HasRoundingNorm<Op>)
+      return W_.rounding_norm() + update_.rounding_norm();
+    else
+      return std::sqrt(W_.frobenius_norm_squared()) + update_.rounding_norm();
   }
 
  private:

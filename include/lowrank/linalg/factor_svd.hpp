@@ -26,8 +26,8 @@ struct StackedFactors {
       check_factors(where, *f);
       expect_shape(where, "the update", f->out_features(), f->in_features(), m, n);
       r += f->rank();
-      left_max = std::max(left_max, std::abs(double(f->scale)) * checked_max_abs(where, f->B.view()));
-      right_max = std::max(right_max, checked_max_abs(where, f->A.view()));
+      left_max = std::max(left_max, std::abs(double(f->scale)) * checked_max_abs(where, "B", f->B.view()));
+      right_max = std::max(right_max, checked_max_abs(where, "A", f->A.view()));
     }
     const double left_scale = unit_scale(left_max), right_scale = unit_scale(right_max);
     scale = 1 / left_scale / right_scale;

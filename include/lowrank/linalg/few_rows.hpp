@@ -91,6 +91,10 @@ void in_row_groups(Index rows, F&& f) {
 }
 
 /// C = accumulate·C + α·P·Qᵀ for few rows of P, Q in either order. P and C have contiguous rows (col_stride 1).
+///
+/// **Shapes** P m×k, Q n×k, C m×n; the caller has checked them. **Throws** nothing. **Cost** 2·m·n·k flops and one
+/// reading of Q for each four rows of P. **Numerics** sums in T, one a lane; bits do not depend on the number of
+/// threads.
 template <class T, class S>
 void few_rows_product(T alpha, MatrixView<const T> p, MatrixView<const S> q, bool accumulate, MatrixView<T> c) {
   // Threads share whole groups of columns: which columns are done four (or a vector) at a time, and so their rounding,

@@ -15,6 +15,13 @@
 
 namespace lowrank::detail {
 
+/// The refinement of k vectors that are good to √eps already, in place.
+///
+/// **Shapes** M range×domain, V k×domain with orthonormal rows. **Throws** NonFiniteError when M's products do.
+/// **Cost** two readings of M a block of up to 16 vectors; (domain + range)·(2k + 64) scalars of memory.
+/// **Numerics** the residuals end near eps·σ₁ or where halving stops; the caller measures them.
+/// **Source** Golub, Luk & Overton, ACM TOMS 7 (1981) (the block bidiagonalisation); restarted thickly with the worst
+/// residuals as the next block: Baglama & Reichel, SIAM J. Sci. Comput. 27 (2005).
 template <Real T, class Op>
 class GolubKahan {
  public:

@@ -25,11 +25,22 @@ concept LinearOperator = Real<T> && requires(const Op& A, MatrixView<const T> in
   A.apply_adjoint(in, out);
 };
 
-/// An operator that knows ‖A‖_F², in double. Without it a truncated SVD cannot tell which share of the energy it
-/// captured.
+/// An operator that knows ‖A‖_F², to double precision, or, when it also has a rounding_norm(), to that one's error.
+/// Without it a truncated SVD cannot tell which share of the energy it captured.
 template <class Op>
 concept HasFrobeniusNorm = requires(const Op& A) {
   { A.frobenius_norm_squared() } -> std::convertible_to<double>;
+};
+
+/// An operator made of parts that may cancel, which therefore rounds relative to more than its own norm:
+///
+/// - `rounding_norm()`: N such that A·x comes with an error of at most 2·√max(rows, cols)·eps·N·‖x‖, and
+///   frobenius_norm_squared(), if there is one, with 2·√max(rows, cols)·eps·N² (eps of the scalar).
+///
+/// The certificates ask for it. Of an operator without it they assume N = ‖A‖_F and a norm exact to double.
+template <class Op>
+concept HasRoundingNorm = requires(const Op& A) {
+  { A.rounding_norm() } -> std::convertible_to<double>;
 };
 
 /// The two products that stand on either side of A: AᵀA (on vectors of length cols) and AAᵀ (of length rows).

@@ -175,6 +175,7 @@ class TransposedOperator {
   [[nodiscard]] double frobenius_norm_squared() const requires HasFrobeniusNorm<Op> {
     return a_.frobenius_norm_squared();
   }
+  [[nodiscard]] double rounding_norm() const requires HasRoundingNorm<Op> { return a_.rounding_norm(); }
   [[nodiscard]] GramSide gram_side() const requires HasGram<Op, scalar> {
     return a_.gram_side() == GramSide::right ? GramSide::left : GramSide::right;
   }

@@ -15,6 +15,12 @@ namespace lowrank::detail {
 
 /// Rotations of neighbouring rows in the order they were made. Rotation (i, c, s) replaces
 /// (row i, row i+1) by (c·row i + s·row i+1, c·row i+1 − s·row i).
+///
+/// **Throws** std::bad_alloc only. **Cost** apply: 6 flops a rotation and column, a load and a store of every row for
+/// each sweep, in cache. **Numerics** rotations are rounded to T once; their bits do not depend on the number of
+/// threads.
+/// **Source** the wavefront idea, by whole sweeps in place of pairs: Van Zee, van de Geijn & Quintana-Ortí,
+/// "Restructuring the tridiagonal and bidiagonal QR algorithms for performance", ACM TOMS 40 (2014).
 template <class T>
 class RotationQueue {
  public:

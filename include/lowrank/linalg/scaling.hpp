@@ -11,14 +11,15 @@
 
 namespace lowrank::detail {
 
-/// The largest |element|; **throws** NonFiniteError naming the first element that is NaN or infinite.
+/// The largest |element|. **Throws** NonFiniteError naming the function, the argument and the first element that is NaN
+/// or infinite. **Cost** one reading.
 template <class S>
-double checked_max_abs(const char* where, const MatrixView<const S>& A) {
+double checked_max_abs(const char* where, const char* what, const MatrixView<S>& A) {
+  using F = std::conditional_t<std::same_as<std::remove_const_t<S>, double>, double, float>;
   double largest = 0;
   bool finite = true;
-  for_each_run(A, [&](const S* x, Index n) {
-    using F = std::conditional_t<std::same_as<S, double>, double, float>;
-    F high = 0, poison = 0;
+  for_each_run(A, [&](const auto* x, Index n) {
+    F high = 0, poison = 0;  // NaN and infinity survive a sum of x·0
     for (Index i = 0; i < n; ++i) {
       const F a = std::abs(F(x[i]));
       high = std::max(high, a);
@@ -31,9 +32,16 @@ double checked_max_abs(const char* where, const MatrixView<const S>& A) {
   for (Index i = 0; i < A.rows(); ++i)
     for (Index j = 0; j < A.cols(); ++j) {
       const double x = double(A(i, j));
-      if (!std::isfinite(x)) throw NonFiniteError(text(where, ": element (", i, ", ", j, ") is ", x));
+      if (!std::isfinite(x))
+        throw NonFiniteError(text(where, ": ", what, " must be finite, got ", x, " at (", i, ", ", j, ")"));
     }
   return largest;
+}
+
+/// The same where only the exception is wanted.
+template <class S>
+void expect_finite(const char* where, const char* what, const MatrixView<S>& A) {
+  checked_max_abs(where, what, A);
 }
 
 /// The power of two that brings `largest` to [1, 2); 1 for zero. Scaling by it costs no bits.

@@ -22,6 +22,9 @@
 #define LOWRANK_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+// **Throws** nothing in here does. **Numerics** every operation is IEEE's, lane by lane; how many lanes a sum has, and
+// so its last bits, depends on the build's target. **Source** GCC's manual, "Vector Extensions".
+
 namespace lowrank::detail {
 
 #if defined(__AVX512F__)

@@ -84,7 +84,7 @@ Svd<T> small_svd(MatrixView<const T> A) {
     return {std::move(swapped.V), std::move(swapped.S), std::move(swapped.U)};
   }
   const Index m = A.rows(), n = A.cols();
-  const double largest = detail::checked_max_abs("small_svd", A), scale = detail::unit_scale(largest);
+  const double largest = detail::checked_max_abs("small_svd", "A", A), scale = detail::unit_scale(largest);
   if (n == 0) return {Matrix<T>(m, 0), {}, Matrix<T>(0, 0)};
   Matrix<double> W;
   W.resize(m, n);

@@ -43,7 +43,7 @@ Svd<T> svd_of(MatrixView<const S> W) {
     return {std::move(swapped.V), std::move(swapped.S), std::move(swapped.U)};
   }
   const Index m = W.rows(), n = W.cols();
-  const double scale = unit_scale(checked_max_abs(where, W));
+  const double scale = unit_scale(checked_max_abs(where, "W", W));
   if (n == 0) return {Matrix<T>(m, 0), {}, Matrix<T>(0, 0)};
   if (n <= svd_in_double) {
     const Matrix<T> copy(W);

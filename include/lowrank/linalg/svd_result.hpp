@@ -15,7 +15,7 @@ namespace lowrank {
 ///
 /// **Shapes** A m×n: U m×k, S k, V n×k (V, not Vᵀ: column i of U and column i of V belong to S[i]). **Numerics** S
 /// descending and not negative, columns of U and V orthonormal; a pair (u, v) is determined up to a common sign, and
-/// pairs of equal singular values up to a common rotation.
+/// pairs of equal singular values up to a common rotation. Plain data: throws nothing.
 template <Real T>
 struct Svd {
   Matrix<T> U;
@@ -32,6 +32,10 @@ enum class SpectrumMethod {
 };
 
 /// All singular values of a matrix, with what they are worth.
+///
+/// **Scale** the errors are absolute, in units of A (squared_error: of A squared). **Numerics** the bounds take
+/// rounding errors as random ones with room of ten and more. **Source** min(√δ, δ/σ) for σ = √λ with an error of δ in
+/// λ: Weyl.
 struct SingularValues {
   std::vector<double> values;  ///< min(m, n) of them, descending
   double absolute_error = 0;   ///< every value is within this of the singular value it stands for

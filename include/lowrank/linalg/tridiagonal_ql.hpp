@@ -35,10 +35,42 @@ struct PlaneRotation {
   }
 };
 
+/// One implicitly shifted sweep over the block [lo, hi] of a tridiagonal matrix, that ends at hi (Step 1, QR) or at lo
+/// (Step −1, QL): the same text, read from the other end.
+template <Index Step, class Rotations>
+void tridiagonal_sweep(double* diagonal, double* off_diagonal, Index lo, Index hi, Rotations& rotations) {
+  double *const d = diagonal + (Step > 0 ? lo : hi), *const e = off_diagonal + (Step > 0 ? lo : hi - 1);
+  const Index last = hi - lo;
+  const auto D = [&](Index i) -> double& { return d[i * Step]; };
+  const auto E = [&](Index i) -> double& { return e[i * Step]; };
+  // Wilkinson's shift, from the end at which the sweep deflates.
+  double g = (D(last - 1) - D(last)) / (2 * E(last - 1));
+  double r = std::hypot(g, 1.0);
+  g = D(0) - D(last) + E(last - 1) / (g + std::copysign(r, g));
+  double s = 1, c = 1, p = 0;
+  rotations.begin_sweep(Step > 0 ? lo : hi - 1, Step);
+  for (Index i = 0; i < last; ++i) {
+    const double f = s * E(i), b = c * E(i);
+    const PlaneRotation rot(g, f);
+    if (i > 0) E(i - 1) = rot.r;
+    c = rot.c;
+    s = rot.s;
+    g = D(i) - p;
+    r = (D(i + 1) - g) * s + 2 * c * b;
+    p = s * r;
+    D(i) = g + p;
+    g = c * r - b;
+    rotations.push(c, Step > 0 ? s : -s);
+  }
+  D(last) -= p;
+  E(last - 1) = g;
+}
+
 /// d (n) becomes the eigenvalues in no order, e (n − 1 used) is destroyed. `rotations` takes the transforms of the rows
 /// of the transposed eigenvector matrix; `flush` is called between sweeps, so that it can apply and empty a full queue.
 ///
 /// Returns false when some eigenvalue took more than 50 sweeps, which finite numbers do not.
+/// **Throws** nothing. **Cost** about 1.7·n sweeps of some 20·n flops, rotations of vectors not counted.
 /// **Numerics** error of a value about eps·‖T‖ times a small factor. Off-diagonals below eps/8·‖T‖ count as zero:
 /// neglecting any number of them moves eigenvalues by at most twice the largest.
 /// **Source** Dubrulle, Martin & Wilkinson, Numer. Math. 12 (1968); direction by the larger end, as in EISPACK's
@@ -82,49 +114,7 @@ bool tridiagonal_ql(Index n, double* d, double* e, Rotations& rotations, Flush&&
       while (split < hi && !negligible(split)) ++split;
       if (split < hi) break;
       if (budget-- == 0) return false;
-      if (ql) {
-        double g = (d[lo + 1] - d[lo]) / (2 * e[lo]);
-        double r = std::hypot(g, 1.0);
-        g = d[hi] - d[lo] + e[lo] / (g + std::copysign(r, g));
-        double s = 1, c = 1, p = 0;
-        rotations.begin_sweep(hi - 1, -1);
-        for (Index i = hi - 1; i >= lo; --i) {
-          const double f = s * e[i], b = c * e[i];
-          const PlaneRotation rot(g, f);
-          if (i + 1 < hi) e[i + 1] = rot.r;
-          c = rot.c;
-          s = rot.s;
-          g = d[i + 1] - p;
-          r = (d[i] - g) * s + 2 * c * b;
-          p = s * r;
-          d[i + 1] = g + p;
-          g = c * r - b;
-          rotations.push(c, -s);
-        }
-        d[lo] -= p;
-        e[lo] = g;
-      } else {
-        double g = (d[hi - 1] - d[hi]) / (2 * e[hi - 1]);
-        double r = std::hypot(g, 1.0);
-        g = d[lo] - d[hi] + e[hi - 1] / (g + std::copysign(r, g));
-        double s = 1, c = 1, p = 0;
-        rotations.begin_sweep(lo, 1);
-        for (Index i = lo; i < hi; ++i) {
-          const double f = s * e[i], b = c * e[i];
-          const PlaneRotation rot(g, f);
-          if (i > lo) e[i - 1] = rot.r;
-          c = rot.c;
-          s = rot.s;
-          g = d[i] - p;
-          r = (d[i + 1] - g) * s + 2 * c * b;
-          p = s * r;
-          d[i] = g + p;
-          g = c * r - b;
-          rotations.push(c, s);
-        }
-        d[hi] -= p;
-        e[hi - 1] = g;
-      }
+      ql ? tridiagonal_sweep<-1>(d, e, lo, hi, rotations) : tridiagonal_sweep<1>(d, e, lo, hi, rotations);
       flush();
     }
   }

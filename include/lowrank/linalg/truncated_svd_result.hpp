@@ -16,9 +16,9 @@ namespace lowrank {
 struct TruncatedSvdOptions {
   /// Stop when the captured-energy deficit, (Σ_{i≤k} σᵢ² − Σ_{i≤k} σ̂ᵢ²) / Σ_{i≤k} σᵢ² with the true σ and our σ̂, is
   /// estimated to be below this. The estimate extrapolates the growth of Σσ̂² from step to step. 0: do not look at it.
+  /// Below 4·eps of the scalar it cannot be told: the iteration goes as far as 4·eps and returns that, not converged.
   double energy_tolerance = 1e-5;
-  /// Stop when every triplet has ‖Aᵀu − σ̂v‖ ≤ residual_tolerance·σ̂₁ (‖Av − σ̂u‖ is zero to rounding). 0: do not look at
-  /// it.
+  /// Stop when every triplet has a measured residual of at most residual_tolerance·σ̂₁. 0: do not look at it.
   double residual_tolerance = 0;
   /// Vectors multiplied at once; 0: chosen for the rank.
   Index block = 0;
@@ -39,14 +39,30 @@ struct TruncatedSvdOptions {
 #endif
 };
 
+/// Why an iteration ended.
+enum class StopReason {
+  met,           ///< the tolerances asked for were met
+  scalar_limit,  ///< the scalar does not resolve a tolerance; this is the best it can do
+  passes,        ///< max_passes were spent; more would bring more
+};
+
 /// The leading triplets of A with what is known about their error.
 ///
-/// **Numerics** each σ̂ᵢ lies within residuals[i] of a true singular value, and σ̂ᵢ ≤ σᵢ to rounding.
-/// ‖A − U·diag(S)·Vᵀ‖_F² = total_energy − captured_energy.
+/// **Scale** `residuals`, `rounding` and `error` in units of A. **Numerics** a true singular value lies within error(i)
+/// of S[i], and S[i] ≤ σᵢ + rounding. ‖A − U·diag(S)·Vᵀ‖_F² = total_energy − captured_energy, to the same.
+///
+/// Where the error bound comes from: the residuals are measured with products in T. With rounding errors as independent
+/// random ones an element of a product of length n errs by √n·u of the norm of what is summed (u = eps/2), so that all
+/// of A·v err by √n·u·(largest row norm) ≤ √n·u·σ₁; eps for u leaves two such standard deviations, which add over
+/// hundreds of elements. Storing σ̂, u and v, and the rotation of k vectors, add a few eps·σ₁.
+/// **Source** residual bound of the Hermitian [0 A; Aᵀ 0]: Parlett, The Symmetric Eigenvalue Problem, §4.5; Higham &
+/// Mary, SIAM J. Sci. Comput. 41 (2019) for rounding errors as random ones.
 template <Real T>
 struct TruncatedSvd : Svd<T> {
-  /// ‖Aᵀuᵢ − σ̂ᵢvᵢ‖₂ and ‖Avᵢ − σ̂ᵢuᵢ‖₂, the larger; measured with A, not estimated.
+  /// ‖Aᵀuᵢ − σ̂ᵢvᵢ‖₂ and ‖Avᵢ − σ̂ᵢuᵢ‖₂, the larger, as measured with products of A in T: true to within `rounding`.
   std::vector<double> residuals;
+  /// (√max(m, n) + 8)·eps·S[0] and one denormal: what rounding can hide from the residuals and the values.
+  double rounding = 0;
   double captured_energy = 0;  ///< Σ σ̂ᵢ²
   double total_energy = 0;     ///< ‖A‖_F²; NaN when the operator does not know it
   double energy_deficit = 0;   ///< estimated captured-energy deficit
@@ -54,6 +70,10 @@ struct TruncatedSvd : Svd<T> {
   Index block = 0;             ///< vectors multiplied at once
   Index basis = 0;             ///< dimension of the space the triplets were taken from
   bool converged = false;      ///< whether the tolerances asked for were met
+  StopReason stopped = StopReason::passes;  ///< met when converged, else why not
+
+  /// The error bound of S[i]: residuals[i] + rounding.
+  [[nodiscard]] double error(Index i) const { return residuals[std::size_t(i)] + rounding; }
 };
 
 namespace detail {

@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vector kernels under the decompositions: dot, axpy and a norm that neither overflows nor underflows.
+// The vector kernels under the decompositions: dot, axpy, sums of squares in double, and norms that neither overflow
+// nor underflow.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <vector>
 
+#include "lowrank/core/matrix_view.hpp"
+#include "lowrank/core/threads.hpp"
 #include "lowrank/linalg/simd.hpp"
 
 namespace lowrank::detail {
@@ -24,6 +29,8 @@ inline auto sum_pairwise(const V& v) {
     return sum_pairwise(halves(std::make_integer_sequence<int, N / 2>{}));
   }
 }
+
+// None of these throws; each costs one reading of its operands.
 
 /// Σ x_i·y_i in T, in an order that depends on n alone.
 template <class T>
@@ -52,7 +59,20 @@ void axpy(Index n, T alpha, const T* x, T* y) {
   for (; i < n; ++i) y[i] += alpha * x[i];
 }
 
-/// Σ x_i² in double.
+/// Σ f(i) over [0, n) in eight double accumulators: vectorises, and its bits do not depend on threads.
+template <class F>
+double lane_sum(Index n, F&& f) {
+  std::array<double, 8> lane{};
+  Index i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int l = 0; l < 8; ++l) lane[std::size_t(l)] += f(i + l);
+  double sum = 0;
+  for (; i < n; ++i) sum += f(i);
+  for (const double x : lane) sum += x;
+  return sum;
+}
+
+/// Σ x_i² in double, of f32, f64, bf16 or f16.
 template <class T>
 double sum_of_squares(Index n, const T* x) {
   if constexpr (std::same_as<T, double>) {
@@ -89,6 +109,22 @@ double norm2(Index n, const T* x) {
     }
   }
   return std::sqrt(sum);
+}
+
+/// ‖m‖_F² in double; one sum a row (or column, as stored), so that its bits do not depend on threads.
+template <class S>
+double squared_norm(const MatrixView<S>& m) {
+  const auto v = m.is_row_major() ? m : m.transposed();
+  std::vector<double> sums(static_cast<std::size_t>(v.rows()));
+  parallel_ranges(v.rows(), 1 + 32768 / (v.cols() + 1), [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) {
+      const std::remove_const_t<S>* row = v.data() + i * v.row_stride();
+      sums[std::size_t(i)] = sum_of_squares(v.cols(), row);
+    }
+  });
+  double sum = 0;
+  for (const double x : sums) sum += x;
+  return sum;
 }
 
 }  // namespace lowrank::detail

@@ -2,11 +2,11 @@
 // The smallest singular triplets of a matrix: dominant ones of its triangular inverse, verified, or a full SVD.
 #pragma once
 
-#include "lowrank/init/residual.hpp"
 #include "lowrank/linalg/qr.hpp"
 #include "lowrank/linalg/singular_values.hpp"
 #include "lowrank/linalg/small_svd.hpp"
 #include "lowrank/linalg/svd.hpp"
+#include "lowrank/linalg/triangular_inverse.hpp"
 #include "lowrank/linalg/truncated_svd.hpp"
 
 namespace lowrank {
@@ -34,67 +34,6 @@ struct MinorSvd : Svd<T> {
 };
 
 namespace detail {
-
-/// R⁻¹ of an upper triangular R without a zero on the diagonal, as an operator: solves by blocks, all but the diagonal
-/// blocks through products.
-template <Real T>
-class TriangularInverse {
- public:
-  using scalar = T;
-  explicit TriangularInverse(MatrixView<const T> R) : R_(R) {}
-  [[nodiscard]] Index rows() const { return R_.rows(); }
-  [[nodiscard]] Index cols() const { return R_.rows(); }
-
-  void apply(MatrixView<const T> X, MatrixView<T> Y) const {  // R·Y = X, from below
-    Matrix<T> y(X);
-    for (Index end = rows(); end > 0;) {
-      const Index begin = std::max<Index>(0, end - block), size = end - begin, done = rows() - end;
-      const auto rhs = y.view().middle_rows(begin, size);
-      if (done > 0)
-        product<T, T, T>(T(-1), R_.block(begin, end, size, done), y.view().middle_rows(end, done).transposed(), true,
-                         rhs);
-      for (Index i = size - 1; i >= 0; --i) {
-        for (Index l = i + 1; l < size; ++l) add_row(rhs, i, -R_(begin + i, begin + l), l);
-        divide_row(rhs, i, R_(begin + i, begin + i));
-      }
-      end = begin;
-    }
-    copy(y, Y);
-  }
-  void apply_adjoint(MatrixView<const T> X, MatrixView<T> Y) const {  // Rᵀ·Y = X, from above
-    Matrix<T> y(X);
-    for (Index begin = 0; begin < rows();) {
-      const Index size = std::min<Index>(block, rows() - begin);
-      const auto rhs = y.view().middle_rows(begin, size);
-      if (begin > 0)
-        product<T, T, T>(T(-1), R_.block(0, begin, begin, size).transposed(),
-                         y.view().middle_rows(0, begin).transposed(), true, rhs);
-      for (Index i = 0; i < size; ++i) {
-        for (Index l = 0; l < i; ++l) add_row(rhs, i, -R_(begin + l, begin + i), l);
-        divide_row(rhs, i, R_(begin + i, begin + i));
-      }
-      begin += size;
-    }
-    copy(y, Y);
-  }
-
- private:
-  static constexpr Index block = 64;
-  static void add_row(const MatrixView<T>& y, Index to, T c, Index from) {
-    T *a = &y(to, 0), *b = &y(from, 0);
-    for (Index j = 0; j < y.cols(); ++j) a[j] += c * b[j];
-  }
-  static void divide_row(const MatrixView<T>& y, Index i, T d) {
-    T* a = &y(i, 0);
-    for (Index j = 0; j < y.cols(); ++j) a[j] /= d;
-  }
-  static void copy(const Matrix<T>& from, const MatrixView<T>& to) {
-    for (Index i = 0; i < from.rows(); ++i)
-      for (Index j = 0; j < from.cols(); ++j) to(i, j) = from(i, j);
-  }
-
-  MatrixView<const T> R_;
-};
 
 /// ‖A·V − U·diag(S)‖ and ‖Aᵀ·U − V·diag(S)‖ column by column, the larger.
 template <class T, class S>
@@ -210,7 +149,7 @@ MinorSvd<arithmetic_of<scalar_of<X>>> minor_svd(X&& matrix, Index rank, const Mi
   using T = arithmetic_of<S>;
   const MatrixView<const S> A = view_of(matrix);
   detail::check_rank("minor_svd", rank, A.rows(), A.cols());
-  const double largest = detail::checked_max_abs("minor_svd", A);
+  const double largest = detail::checked_max_abs("minor_svd", "A", A);
   const double tolerance = options.tolerance == 0 ? 100 * double(std::numeric_limits<T>::epsilon()) : options.tolerance;
   if (!(tolerance > 0) || !std::isfinite(tolerance))
     throw ArgumentError(

@@ -79,6 +79,7 @@ class Comparison {
     }
     target_ = load(o_.target, o_);
     source_ = load(o_.source, o_);
+    make_folders(o_);
     if (with_source()) describe("old domain", source_);
     describe("new domain", target_);
   }

@@ -68,7 +68,13 @@ Adaptation::Adaptation(const ModelConfig& config, const Weights<float>& base, co
   if (config_.tie_word_embeddings)
     modules.push_back({"lm_head", lowrank::ModuleKind::linear, config_.vocab_size, config_.hidden_size});
   const lowrank::TargetSelection selection = lowrank::select_targets(modules, {.targets = options.targets});
-  for (const std::size_t i : selection.selected) targets_.insert(modules[i].name);
+  for (const std::size_t i : selection.selected) {
+    const lowrank::ModuleInfo& m = modules[i];
+    if (options.rank < 1 || options.rank > std::min(m.rows, m.cols))
+      throw lowrank::ArgumentError(message("rank must be in [1, ", std::min(m.rows, m.cols), "] for ", m.name, " (",
+                                           m.rows, "x", m.cols, "), got ", options.rank));
+    targets_.insert(m.name);
+  }
   summary_ = selection.summary();
   for (const std::string& kind : options_.train_fully)
     if (std::none_of(modules.begin(), modules.end(), [&](const auto& m) { return kind_of(m.name) == kind; }))

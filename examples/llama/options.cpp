@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "options.hpp"
 
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
+#include <cmath>
 #include <filesystem>
 #include <set>
 
@@ -110,6 +113,27 @@ std::vector<std::string> trainings(const Options& o) {
   return labels;
 }
 
+/// "--rank: expected ..., got ...", for the numbers that the library would refuse after the base has been trained.
+void check_numbers(const Options& o) {
+  const auto expect = [](bool good, const char* option, const char* what, double got) {
+    if (!good) throw lowrank::ArgumentError(message(option, ": expected ", what, ", got ", got));
+  };
+  const auto positive = [](double x) { return x > 0 && std::isfinite(x); };
+  expect(o.rank >= 1, "--rank", "at least 1", double(o.rank));
+  expect(positive(o.alpha), "--alpha", "a positive number", o.alpha);
+  expect(o.dropout >= 0 && o.dropout < 1, "--dropout", "a number in [0, 1)", o.dropout);
+  expect(positive(o.lora_plus), "--lora-plus", "a positive number", o.lora_plus);
+  expect(o.weight_decay >= 0 && std::isfinite(o.weight_decay), "--weight-decay", "a number not below 0",
+         o.weight_decay);
+  expect(o.steps >= 1, "--steps", "at least 1", double(o.steps));
+  expect(o.batch >= 1, "--batch", "at least 1", double(o.batch));
+  if (o.base.empty()) {
+    expect(o.base_steps >= 1, "--base-steps", "at least 1", double(o.base_steps));
+    expect(positive(o.base_rate), "--base-lr", "a positive number", o.base_rate);
+  }
+  for (const double rate : o.sweep) expect(positive(rate), "--sweep", "positive rates", rate);
+}
+
 void check_states(const Options& o) {
   if (o.checkpoint.empty()) return;
   if (!o.sweep.empty()) throw lowrank::ArgumentError("--checkpoint: a --sweep keeps no states, got both");
@@ -158,7 +182,23 @@ void check_options(const Options& o) {
     throw lowrank::ArgumentError("--method: expected every method once, got one of them twice");
   if (o.source.empty() && o.base.empty())
     throw lowrank::ArgumentError("--source: expected text to train the base on (or a --base), got none");
+  check_numbers(o);
   check_states(o);
+}
+
+void make_folders(const Options& o) {
+  const auto folder = [](const char* option, const std::string& path) {
+    if (path.empty()) return;
+    std::error_code error;
+    std::filesystem::create_directories(path, error);
+    if (error || ::access(path.c_str(), W_OK) != 0)
+      throw lowrank::ArgumentError(message(option, ": expected a folder that can be written, got ", path));
+  };
+  folder("--output", o.output);
+  folder("--save", o.save);
+  if (!o.checkpoint.empty() && !o.checkpoint.ends_with(".safetensors")) folder("--checkpoint", o.checkpoint);
+  const std::filesystem::path track = o.track;
+  if (!o.track.empty()) folder("--track", track.has_parent_path() ? track.parent_path().string() : ".");
 }
 
 std::string state_file(const Options& o, const std::string& label) {

@@ -34,6 +34,9 @@ double rate_of(const std::string& method, const Options& o);
 /// Throws lowrank::ArgumentError for options that do not go together.
 void check_options(const Options& o);
 
+/// Makes the folders that will be written to. Throws lowrank::ArgumentError when one cannot be.
+void make_folders(const Options& o);
+
 /// The file that keeps the state of the run with this label, "" when none is kept.
 std::string state_file(const Options& o, const std::string& label);
 /// One that exists, "" when none does.

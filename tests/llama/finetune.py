@@ -187,6 +187,21 @@ def never_over_its_base(d, base, target):
     run("--base", d + "/out/full", *alone, "--save", d + "/out")  # lora/ is beside full/: allowed
 
 
+def mistakes_come_before_training(d, base, target):
+    """A base to be trained for long: every mistake is said at once, without a step of it."""
+    common = ["--source", target, "--target", target, "--method", "lora", "--base-steps", 10**6, *SHAPE, "--batch", "2", "--window", "16"]
+    write(d + "/file/x", b"")
+    for wrong, said in [(("--rank", 0), "--rank: expected at least 1, got 0"), (("--rank", 33), "rank must be in [1, 16]"),
+                        (("--alpha", 0), "--alpha: expected a positive number, got 0"), (("--alpha", "nan"), "--alpha: expected"),
+                        (("--dropout", 1), "--dropout: expected a number in [0, 1), got 1"), (("--lora-plus", 0), "--lora-plus: expected"),
+                        (("--lora-plus", "nan"), "--lora-plus: expected"), (("--weight-decay", -1), "--weight-decay: expected"),
+                        (("--steps", 0), "--steps: expected at least 1"), (("--base-lr", "inf"), "--base-lr: expected"),
+                        (("--save", d + "/file/x/y"), "--save: expected a folder that can be written"),
+                        (("--output", d + "/file/x/y"), "--output: expected a folder"), (("--track", d + "/file/x/y/t.csv"), "--track: expected a folder")]:
+        got = run(*common, *wrong, code=1)
+        assert said in got and "step " not in got, f"{wrong}: {got}"
+
+
 def bf16_copy(base, to, **config):
     """The checkpoint in bf16, and with other keys in config.json."""
     raw = read(base + "/model.safetensors")
@@ -225,7 +240,7 @@ def the_model_stays_itself(d, base, target):
 with tempfile.TemporaryDirectory() as top:
     text = prose(top + "/target.txt", 1)
     run("--source", prose(top + "/source.txt", 2), "--target", text, "--method", "full", "--steps", 1, "--base-steps", 60, *SHAPE, *LIGHT, "--save", top + "/made")
-    for check in (never_over_its_base, kill_and_resume, other_settings, interrupted_in_the_second, base_is_resumed_too, the_model_stays_itself):
+    for check in (never_over_its_base, mistakes_come_before_training, kill_and_resume, other_settings, interrupted_in_the_second, base_is_resumed_too, the_model_stays_itself):
         if words and not any(w in check.__name__ for w in words):
             continue
         folder = os.path.join(top, check.__name__)

@@ -8,6 +8,7 @@
 // Scales change from lane to lane, not from lane to code, so they multiply sums of lanes.
 #pragma once
 
+#include "lowrank/linalg/few_rows.hpp"
 #include "lowrank/quant/quantized_arrays.hpp"
 
 #if defined(LOWRANK_QUANT_AVX512)

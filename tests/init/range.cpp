@@ -115,21 +115,24 @@ TEST_CASE_TEMPLATE("gradients and inputs of any size give the directions of thos
   const Matrix<T> W = test::random_matrix<T>(m, n, 1);
   const auto directions = [&](double factor) {
     ActivationSvd<T> inputs(n, {.components = r});
-    inputs.add(scaled<T>(X1, factor));
-    inputs.add(scaled<T>(X1, factor));
+    const Matrix<T> X = scaled<T>(X1, factor);
+    inputs.add(X);
+    inputs.add(X);
     return eva(m, inputs, {.rank = r});
   };
   const auto projector = [](const Matrix<T>& A) {
     return multiply<double>(Matrix<double>(A).view().transposed(), Matrix<double>(A).view());
   };
   const LoraGaOptions options{.rank = r, .alpha = 8};
-  const auto g1 = lora_ga(W, scaled<T>(G1, 1), options);
+  const Matrix<T> G = scaled<T>(G1, 1);
+  const auto g1 = lora_ga(W, G, options);
   const auto e1 = directions(1);
   for (const double factor : factors<T>()) {
     CAPTURE(factor);
     const bool denormal = factor < double(std::numeric_limits<T>::min());
     const double tolerance = denormal ? 1e-4 : 1e4 * double(std::numeric_limits<T>::epsilon());
-    const auto g = lora_ga(W, scaled<T>(G1, factor), options);
+    const Matrix<T> far = scaled<T>(G1, factor);
+    const auto g = lora_ga(W, far, options);
     check_split(g, W, r);
     check_parallel(projector(g.factors.A), projector(g1.factors.A), tolerance);
     check_parallel(projector(directions(factor).factors.A), projector(e1.factors.A), tolerance);
@@ -138,15 +141,18 @@ TEST_CASE_TEMPLATE("gradients and inputs of any size give the directions of thos
 
 TEST_CASE("a covariance that cannot be had in the scalar is refused") {
   ActivationCovariance<float> large(20), small(20);
-  CHECK_THROWS_AS(large.add(scaled<float>(test::random_matrix<double>(50, 20, 1), 1e30)), ArgumentError);
+  const Matrix<double> X = test::random_matrix<double>(50, 20, 1);
+  const Matrix<float> up = scaled<float>(X, 1e30), down = scaled<float>(X, 1e-30), none(5, 20);
+  CHECK_THROWS_AS(large.add(up), ArgumentError);
   CHECK(large.tokens() == 0);
-  small.add(scaled<float>(test::random_matrix<double>(50, 20, 1), 1e-30));
+  small.add(down);
   CHECK_THROWS_AS((void)small.damped(0.01), ArgumentError);
   // In double there is room for both, and zero inputs are no error.
   ActivationCovariance<double> wide(20);
-  wide.add(scaled<double>(test::random_matrix<double>(50, 20, 1), 1e30));
+  const Matrix<double> far = scaled<double>(X, 1e30);
+  wide.add(far);
   CHECK(std::isfinite(wide.damped(0.01)(3, 3)));
   ActivationCovariance<float> zero(20);
-  zero.add(Matrix<float>(5, 20));
+  zero.add(none);
   CHECK(zero.damped(0.01)(3, 3) == 0);
 }

@@ -71,8 +71,8 @@ Adaptation::Adaptation(const ModelConfig& config, const Weights<float>& base, co
   for (const std::size_t i : selection.selected) {
     const lowrank::ModuleInfo& m = modules[i];
     if (options.rank < 1 || options.rank > std::min(m.rows, m.cols))
-      throw lowrank::ArgumentError(message("rank must lie in [1, min(", m.rows, ", ", m.cols, ")] for ", m.name,
-                                           ", got ", options.rank));
+      throw lowrank::ArgumentError(
+          message("rank must lie in [1, min(", m.rows, ", ", m.cols, ")] for ", m.name, ", got ", options.rank));
     targets_.insert(m.name);
   }
   summary_ = selection.summary();

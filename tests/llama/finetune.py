@@ -98,7 +98,7 @@ def kill_and_resume(d, base, target):
         begun.communicate()
         assert begun.returncode == -signal.SIGKILL
         at = step_of(state)
-        assert 40 <= at < 500 and not os.path.exists(f"{d}/{method}/resumed"), at
+        assert 40 <= at < 500 and not os.path.exists(f"{d}/{method}/resumed/{method}"), at
         assert "exists already: --resume goes on" in run(*common, *keep, code=1)
         said = run(*common, "--save", f"{d}/{method}/resumed", "--output", f"{d}/{method}/resumed", *keep, "--resume")
         assert f"goes on at step {at} of 500" in said, said

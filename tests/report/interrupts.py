@@ -214,7 +214,9 @@ try:
         environment = dict(os.environ, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", OMP_NUM_THREADS="1",
                            ASAN_OPTIONS="detect_leaks=0")
         report = at("mpi.json")
-        scan = ["spectrum", at("scan.safetensors"), "-j", "1", "-q", "--values", "--json"]
+        # Four times as long: a launcher takes its time to hand a signal on.
+        save(at("mpi.safetensors"), {f"model.layers.{i}.mlp.up_proj.weight": (640, 512) for i in range(96)})
+        scan = ["spectrum", at("mpi.safetensors"), "-j", "1", "-q", "--values", "--json"]
         journals = [f"{report}.{rank}of2.journal" for rank in range(2)]
         launch = ["mpirun", "-np", "2", "--oversubscribe", mpi_tool]
         p = start(*scan, at("mpiwhole.json"), program=launch, env=environment)
@@ -234,22 +236,24 @@ try:
             return found
 
         for all_of_them in (True, False):
-            for _ in range(5):
+            for _ in range(10):
                 known = [lines(j) for j in journals]
                 p = start(*scan, report, program=launch, env=environment)
-                wait_for(p, lambda: all(lines(j) >= k + 2 for j, k in zip(journals, known)))
+                wait_for(p, lambda: all(lines(j) > k for j, k in zip(journals, known)))
                 ranks = ranks_of(p.pid)
                 if all_of_them:
                     p.send_signal(signal.SIGINT)
                 elif ranks:
                     os.kill(ranks[0], signal.SIGTERM)
                 _, error = p.communicate(timeout=120)
-                if p.returncode != 0:
+                if p.returncode != 0 and not os.path.exists(report):
                     break
-                os.remove(report)
+                # The signal came when all was computed: another try.
+                if os.path.exists(report):
+                    os.remove(report)
             check(p.returncode != 0, f"mpirun was interrupted: {error[-500:]}")
             check("interrupted (SIGTERM) in spectrum" in error, f"a rank says so: {error[-500:]}")
-            check(not os.path.exists(report) and all(lines(j) >= 3 for j in journals), "the journals of both ranks are there")
+            check(not os.path.exists(report) and all(lines(j) >= 2 for j in journals), "the journals of both ranks are there")
         p = start(*scan, report, program=launch, env=environment)
         _, error = p.communicate(timeout=300)
         check(p.returncode == 0 and json.load(open(report))["matrices"] == whole, f"resumed over MPI, the same matrices: {error[-500:]}")

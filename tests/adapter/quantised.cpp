@@ -5,6 +5,7 @@
 #include "lowrank/adapter/dora.hpp"
 #include "lowrank/adapter/embedding.hpp"
 #include "lowrank/quant/quantise.hpp"
+#include "support/capture.hpp"
 #include "support/compare.hpp"
 
 using namespace lowrank;
@@ -35,7 +36,7 @@ TEST_CASE_TEMPLATE("an embedding over codes is the embedding over their values, 
   for (const auto& [vocab, dim] : {std::pair<Index, Index>{13, 70}, {13, 64}, {13, 1}, {13, 600}})
     for (const QuantizeOptions& o : kinds()) {
       CAPTURE(o.codebook.name());
-      CAPTURE(dim);
+      CAPTURE_BOUND(dim);
       const Index r = std::min<Index>(3, dim), tokens = Index(ids.size());
       const Matrix<T> W = random_matrix<T>(vocab, dim, 1);
       const auto codes = quantise(W, o);
@@ -61,7 +62,7 @@ TEST_CASE_TEMPLATE("DoRA over codes is DoRA over their values", T, float, double
   for (const auto& [out, in, tokens] : {Shape{40, 96, 20}, {33, 70, 1}, {24, 128, 3}})
     for (const QuantizeOptions& o : kinds()) {
       CAPTURE(o.codebook.name());
-      CAPTURE(in);
+      CAPTURE_BOUND(in);
       const Index r = 4;
       const Matrix<T> W = random_matrix<T>(out, in, 1);
       const auto codes = quantise(W, o);

@@ -11,17 +11,18 @@ using test::random_matrix;
 
 namespace {
 
-constexpr Index tokens = 64, in = 96, out = 40;
+constexpr Index mask_tokens = 64, mask_in = 96, mask_out = 40;
 
 LoraLinear<float> make_layer(const Matrix<float>& W, LoraLinearOptions options = {.dropout = 0.5}) {
-  return {
-      DenseBase<float>(W.view()), {random_matrix<float>(4, in, 11), random_matrix<float>(out, 4, 12), 1.5F}, options};
+  return {DenseBase<float>(W.view()),
+          {random_matrix<float>(4, mask_in, 11), random_matrix<float>(mask_out, 4, 12), 1.5F},
+          options};
 }
 
 /// The mask of the next training forward, 0 or 1 an element.
 template <class Layer>
 std::vector<int> next_mask(Layer& layer, LoraWorkspace<float>& ws) {
-  Matrix<float> X(tokens, in), Y(tokens, out);
+  Matrix<float> X(mask_tokens, mask_in), Y(mask_tokens, mask_out);
   std::fill(X.data(), X.data() + X.size(), 1.0F);
   layer.forward(X, Y, ws);
   std::vector<int> mask;
@@ -47,7 +48,7 @@ std::uint64_t fnv(const std::string& name) {
 }  // namespace
 
 TEST_CASE("fresh workspaces on one layer draw masks of their own") {
-  const Matrix<float> W = random_matrix<float>(out, in, 1);
+  const Matrix<float> W = random_matrix<float>(mask_out, mask_in, 1);
   LoraLinear<float> layer = make_layer(W), same = make_layer(W);
   std::vector<std::vector<int>> masks;
   std::array<LoraWorkspace<float>, 3> mine, theirs;
@@ -67,10 +68,11 @@ TEST_CASE("fresh workspaces on one layer draw masks of their own") {
 }
 
 TEST_CASE("a pass is repeated by setting stream and call, and backward uses the mask of its own pass") {
-  const Matrix<float> W(out, in), X = random_matrix<float>(tokens, in, 2), G = random_matrix<float>(tokens, out, 3);
+  const Matrix<float> W(mask_out, mask_in), X = random_matrix<float>(mask_tokens, mask_in, 2),
+                                            G = random_matrix<float>(mask_tokens, mask_out, 3);
   LoraLinear<float> layer = make_layer(W);
   LoraWorkspace<float> first, second, again;
-  Matrix<float> Y(tokens, out), dX(tokens, in);
+  Matrix<float> Y(mask_tokens, mask_out), dX(mask_tokens, mask_in);
   (void)next_mask(layer, first);
   const std::vector<int> mask = next_mask(layer, second);
   again.stream = second.stream;
@@ -83,7 +85,7 @@ TEST_CASE("a pass is repeated by setting stream and call, and backward uses the 
 }
 
 TEST_CASE("layers with the same seed draw masks of their own once they have names") {
-  const Matrix<float> W = random_matrix<float>(out, in, 1);
+  const Matrix<float> W = random_matrix<float>(mask_out, mask_in, 1);
   const auto masks = [&](const std::vector<std::string>& names, auto seed_of) {
     std::vector<LoraLinear<float>> layers;
     for (const std::string& name : names) layers.push_back(make_layer(W, {.dropout = 0.5, .seed = seed_of(name)}));
@@ -111,13 +113,13 @@ TEST_CASE("layers with the same seed draw masks of their own once they have name
 }
 
 TEST_CASE("a run that stops and goes on equals one that did not, two micro-batches in flight") {
-  const Matrix<float> W = random_matrix<float>(out, in, 1);
+  const Matrix<float> W = random_matrix<float>(mask_out, mask_in, 1);
   struct Run {
     LoraLinear<float> layer;
     FlatParameters<float> flat;
     AdamW<float> adam;
     std::array<LoraWorkspace<float>, 2> ws;
-    Matrix<float> Y{tokens, out}, dX{tokens, in};
+    Matrix<float> Y{mask_tokens, mask_out}, dX{mask_tokens, mask_in};
     explicit Run(const Matrix<float>& w)
         : layer(make_layer(w, {.dropout = 0.3, .seed = 5})), adam(layer.parameters().size()) {
       flat.add("proj", layer.parameters());
@@ -126,9 +128,9 @@ TEST_CASE("a run that stops and goes on equals one that did not, two micro-batch
     void steps(std::uint64_t from, std::uint64_t to) {
       for (std::uint64_t t = from; t < to; ++t) {
         flat.zero_gradients();
-        const Matrix<float> X[2] = {random_matrix<float>(tokens, in, 100 + 2 * t),
-                                    random_matrix<float>(tokens, in, 101 + 2 * t)},
-                            G = random_matrix<float>(tokens, out, 3);
+        const Matrix<float> X[2] = {random_matrix<float>(mask_tokens, mask_in, 100 + 2 * t),
+                                    random_matrix<float>(mask_tokens, mask_in, 101 + 2 * t)},
+                            G = random_matrix<float>(mask_tokens, mask_out, 3);
         for (std::size_t b = 0; b < 2; ++b) layer.forward(X[b], Y, ws[b]);
         for (std::size_t b = 0; b < 2; ++b) layer.backward(X[b], G, ws[b], dX);
         adam.step(flat.values(), flat.gradients(), 0.01);
@@ -149,22 +151,23 @@ TEST_CASE("a run that stops and goes on equals one that did not, two micro-batch
 }
 
 TEST_CASE("DoRA numbers its workspaces too") {
-  const Matrix<float> W = random_matrix<float>(out, in, 1), X = random_matrix<float>(tokens, in, 2);
+  const Matrix<float> W = random_matrix<float>(mask_out, mask_in, 1), X = random_matrix<float>(mask_tokens, mask_in, 2);
   DoraLinear<float> layer(DenseBase<float>(W.view()),
-                          {random_matrix<float>(4, in, 11), random_matrix<float>(out, 4, 12), 1.5F}, {.dropout = 0.5});
+                          {random_matrix<float>(4, mask_in, 11), random_matrix<float>(mask_out, 4, 12), 1.5F},
+                          {.dropout = 0.5});
   DoraWorkspace<float> a, b;
-  Matrix<float> Ya(tokens, out), Yb(tokens, out);
+  Matrix<float> Ya(mask_tokens, mask_out), Yb(mask_tokens, mask_out);
   layer.forward(X, Ya, a);
   layer.forward(X, Yb, b);
   CHECK_FALSE(test::same_bits(a.lora.dropped, b.lora.dropped));
 }
 
 TEST_CASE("probabilities the masks cannot express are refused") {
-  const Matrix<float> W = random_matrix<float>(out, in, 1);
+  const Matrix<float> W = random_matrix<float>(mask_out, mask_in, 1);
   for (const double p : {0.999995, 1 - 0x1p-17, 0x1p-18, 1e-300})
     CHECK_THROWS_AS(make_layer(W, {.dropout = p}), ArgumentError);
   CHECK_THROWS_AS(DoraLinear<float>(DenseBase<float>(W.view()),
-                                    {random_matrix<float>(4, in, 11), random_matrix<float>(out, 4, 12), 1.5F},
+                                    {random_matrix<float>(4, mask_in, 11), random_matrix<float>(mask_out, 4, 12), 1.5F},
                                     {.dropout = 0.999995}),
                   ArgumentError);
   // The ends of what they can: one unit of 65536 dropped or kept.

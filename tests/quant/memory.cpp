@@ -14,10 +14,13 @@
 namespace {
 std::atomic<long long> allocated{0}, allocations{0};
 
-void* counted(std::size_t n, std::size_t alignment) {
+void* counted_or_null(std::size_t n, std::size_t alignment) noexcept {
   allocated += static_cast<long long>(n);
   ++allocations;
-  void* p = std::aligned_alloc(alignment, (n + alignment - 1) / alignment * alignment);
+  return std::aligned_alloc(alignment, (n + alignment - 1) / alignment * alignment);
+}
+void* counted(std::size_t n, std::size_t alignment) {
+  void* p = counted_or_null(n, alignment);
   if (p == nullptr) throw std::bad_alloc();
   return p;
 }
@@ -25,7 +28,10 @@ void* counted(std::size_t n, std::size_t alignment) {
 
 void* operator new(std::size_t n) { return counted(n, 16); }
 void* operator new(std::size_t n, std::align_val_t a) { return counted(n, std::size_t(a)); }
+// std::stable_sort takes its buffer by the nothrow form.
+void* operator new(std::size_t n, const std::nothrow_t&) noexcept { return counted_or_null(n, 16); }
 void operator delete(void* p) noexcept { std::free(p); }
+void operator delete(void* p, const std::nothrow_t&) noexcept { std::free(p); }
 void operator delete(void* p, std::size_t) noexcept { std::free(p); }
 void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
 void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }

@@ -3,13 +3,22 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <functional>
 #include <string>
+#include <string_view>
 
 #include "lowrank/core/errors.hpp"
 #include "rope.hpp"
 
 namespace llama {
+
+/// FNV-1a: the same number for the same text on every machine.
+inline std::uint64_t hash_bytes(std::string_view text) {
+  std::uint64_t h = 0xcbf29ce484222325U;
+  for (const char c : text) h = (h ^ static_cast<unsigned char>(c)) * 0x100000001b3U;
+  return h;
+}
 
 /// "what must be …, got …" from strings and numbers.
 template <class... Parts>

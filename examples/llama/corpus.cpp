@@ -34,12 +34,6 @@ std::size_t first_binary_byte(std::string_view text) {
 
 namespace {
 
-std::uint64_t hash_bytes(std::string_view s) {  // FNV-1a
-  std::uint64_t h = 0xcbf29ce484222325U;
-  for (const char c : s) h = (h ^ static_cast<unsigned char>(c)) * 0x100000001b3U;
-  return h;
-}
-
 /// Text without the paragraphs of 100 bytes or more that `seen` knows. Lines without a letter or digit end a paragraph,
 /// so that the constant part of a licence is one even where its neighbour names an author.
 std::string without_repeats(const std::string& text, std::unordered_set<std::uint64_t>& seen) {

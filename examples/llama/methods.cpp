@@ -26,11 +26,7 @@ const std::vector<MethodInfo>& known_methods() {
   return methods;
 }
 
-std::uint64_t stream_of(const std::string& module) {
-  std::uint64_t h = 0xcbf29ce484222325U;
-  for (const char c : module) h = (h ^ static_cast<unsigned char>(c)) * 0x100000001b3U;
-  return h;
-}
+std::uint64_t stream_of(const std::string& module) { return hash_bytes(module); }
 
 Recipe<float> train_everything() {
   return {.linear = [](const std::string&, const lowrank::Matrix<float>& W) -> LinearLayer<float> {

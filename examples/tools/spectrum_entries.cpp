@@ -52,9 +52,7 @@ Json between(const Json& lower, const Json& upper) {
 
 /// "metrics", "noise", "ratio" and "bounds" of one matrix. `known`: the metrics, where all singular values gave them;
 /// null: what the bounds determine, for metrics of some of the values are not those of the matrix.
-void add_metrics(Json& j, const SpectrumMetrics* known, SpectrumBounds b, Index rows, Index cols) {
-  // A zero matrix is known exactly: its condition number is not 0 as all else is.
-  if (b.upper.frobenius_norm == 0) b.lower.condition_number = b.upper.condition_number = INFINITY;
+void add_metrics(Json& j, const SpectrumMetrics* known, const SpectrumBounds& b, Index rows, Index cols) {
   Json metrics = known != nullptr ? to_json(*known) : Json::object(), bounds = Json::object(), ratio = Json::object();
   const Json lower = to_json(b.lower), upper = to_json(b.upper);
   for (const auto& [key, value] : lower.items()) {

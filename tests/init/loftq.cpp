@@ -59,6 +59,19 @@ std::vector<Codebook> four_widths() {
   return {Codebook::nf2(), Codebook::nf3(), Codebook::nf4(), Codebook::normal_float(8)};
 }
 
+/// Inputs of a layer, of very unequal sizes and correlated.
+Matrix<float> unequal_inputs(Index tokens, Index n) {
+  Matrix<float> X = test::random_matrix<float>(tokens, n, 9);
+  for (Index i = 0; i < tokens; ++i)
+    for (Index j = n - 1; j > 0; --j) X(i, j) = (X(i, j) + 0.5F * X(i, j - 1)) * std::exp(-0.05F * float(j));
+  return X;
+}
+Matrix<float> covariance_of(const Matrix<float>& X) {
+  Matrix<float> C(X.cols(), X.cols());
+  gemm(1.0F / float(X.rows()), X.view().transposed(), X.view(), C.view());
+  return C;
+}
+
 }  // namespace
 
 TEST_CASE_TEMPLATE("the reported errors are those of what is returned, and below plain quantisation", T, float,
@@ -179,11 +192,8 @@ TEST_CASE("factors rounded to storage are the ones the errors are of") {
 TEST_CASE("weighted by activations: a smaller output error than without") {
   const Index m = 96, n = 64;
   const Matrix<float> W = weight_like<float>(m, n, 8);
-  // Inputs of very unequal sizes, correlated.
-  Matrix<float> X = test::random_matrix<float>(400, n, 9), C(n, n);
-  for (Index i = 0; i < 400; ++i)
-    for (Index j = n - 1; j > 0; --j) X(i, j) = (X(i, j) + 0.5F * X(i, j - 1)) * std::exp(-0.05F * float(j));
-  gemm(1.0F / 400, X.view().transposed(), X.view(), C.view());
+  const Matrix<float> X = unequal_inputs(400, n);
+  const Matrix<float> C = covariance_of(X);
   const auto output_error = [&](const auto& r) {
     const Matrix<double> E = error_of(W, r.base, r.factors), Xd(X);
     Matrix<double> Y(400, m);
@@ -214,10 +224,8 @@ TEST_CASE("weighted by activations: a smaller output error than without") {
 TEST_CASE("gptq inside: a smaller weighted error still, never above plain quantisation") {
   const Index m = 96, n = 64;
   const Matrix<float> W = weight_like<float>(m, n, 8);
-  Matrix<float> X = test::random_matrix<float>(400, n, 9), C(n, n);
-  for (Index i = 0; i < 400; ++i)
-    for (Index j = n - 1; j > 0; --j) X(i, j) = (X(i, j) + 0.5F * X(i, j - 1)) * std::exp(-0.05F * float(j));
-  gemm(1.0F / 400, X.view().transposed(), X.view(), C.view());
+  const Matrix<float> X = unequal_inputs(400, n);
+  const Matrix<float> C = covariance_of(X);
   for (const Codebook& book : {Codebook::nf2(), Codebook::nf3(), Codebook::nf4()})
     for (const int iterations : {1, 5})
       for (const bool pissa : {false, true}) {

@@ -72,32 +72,6 @@ def add(a, b):
     return [x + y for x, y in zip(a, b)]
 
 
-def jacobi_values(a, m, n):
-    """Singular values by one-sided Jacobi on the shorter side, in Python's doubles: an oracle nobody here wrote in C++."""
-    if m < n:
-        a = [a[i * n + j] for j in range(n) for i in range(m)]
-        m, n = n, m
-    columns = [[a[i * n + j] for i in range(m)] for j in range(n)]
-    for _ in range(30):
-        off = 0.0
-        for p in range(n - 1):
-            for q in range(p + 1, n):
-                x, y = columns[p], columns[q]
-                alpha, beta = sum(t * t for t in x), sum(t * t for t in y)
-                gamma = sum(s * t for s, t in zip(x, y))
-                if abs(gamma) <= 1e-15 * math.sqrt(alpha * beta):
-                    continue
-                off = max(off, abs(gamma) / math.sqrt(alpha * beta))
-                zeta = (beta - alpha) / (2 * gamma)
-                t = math.copysign(1, zeta) / (abs(zeta) + math.sqrt(1 + zeta * zeta))
-                c = 1 / math.sqrt(1 + t * t)
-                columns[p] = [c * (s - t * u) for s, u in zip(x, y)]
-                columns[q] = [c * (t * s + u) for s, u in zip(x, y)]
-        if off < 1e-14:
-            break
-    return sorted((math.sqrt(sum(t * t for t in x)) for x in columns), reverse=True)
-
-
 def transposed(a, m, n):
     return [a[i * n + j] for j in range(n) for i in range(m)]
 
@@ -108,7 +82,8 @@ def times(a, b, m, k, n):
 
 
 def jacobi(a, m, n):
-    """Singular values, left and right vectors (lists of vectors), by one-sided Jacobi, for any shape."""
+    """Singular values, left and right vectors (lists of vectors), by one-sided Jacobi in Python's doubles, for any shape: an oracle
+    nobody here wrote in C++."""
     if m < n:
         s, u, v = jacobi(transposed(a, m, n), n, m)
         return s, v, u
@@ -136,6 +111,11 @@ def jacobi(a, m, n):
     s = [math.sqrt(sum(t * t for t in columns[j])) for j in order]
     left = [[t / x for t in columns[j]] if x > 0 else columns[j] for x, j in zip(s, order)]
     return s, left, [right[j] for j in order]
+
+
+def jacobi_values(a, m, n):
+    """Singular values alone."""
+    return jacobi(a, m, n)[0]
 
 
 def dot(x, y):

@@ -269,7 +269,10 @@ SpectrumBounds spectrum_bounds(const S& sigma, Index rows, Index cols, const Spe
   detail::check_knowledge(s, count, known);
   const detail::BoundedSpectrum bounded = detail::bounded_spectrum(s, count, known);
   SpectrumBounds out;
-  if (bounded.unit == 0) return out;
+  if (bounded.unit == 0) {  // a zero matrix is known exactly; only its condition number is not 0
+    out.lower.condition_number = out.upper.condition_number = std::numeric_limits<double>::infinity();
+    return out;
+  }
   detail::bound_norms(bounded, out);
   detail::bound_energy_ranks(bounded, out);
   detail::bound_smooth_ranks(bounded, out);
@@ -290,12 +293,12 @@ inline SpectrumBounds spectrum_bounds(const SingularValues& sigma, Index rows, I
   return spectrum_bounds(sigma.values, k, k, {.errors = errors, .eps = eps * double(std::max(rows, cols)) / double(k)});
 }
 
-/// How far each value of a truncated SVD may be from the singular value it stands for: the largest residual, or a few
-/// units in the last place of the type the values are held in. Zero when there are none.
+/// How far each value of a truncated SVD may be from the singular value it stands for: the largest t.error(i), or
+/// a few units in the last place of the type the values are held in. Zero when there are none.
 template <Real T>
 double value_error(const TruncatedSvd<T>& t) {
   double error = t.S.empty() ? 0 : 16 * double(std::numeric_limits<T>::epsilon()) * double(t.S[0]);
-  for (const double r : t.residuals) error = std::max(error, r);
+  for (Index i = 0; i < Index(t.S.size()); ++i) error = std::max(error, t.error(i));
   return error;
 }
 

@@ -82,7 +82,7 @@ struct IntruderReport {
 
 namespace detail {
 
-/// Sine of the angle by which each left vector may be off: residual / distance to the neighbouring values (Wedin). The
+/// Sine of the angle by which each left vector may be off: error(i) / distance to the neighbouring values (Wedin). The
 /// last vector's lower neighbour was not computed unless the list is complete, so it counts as unknown.
 template <class T>
 std::vector<double> vector_errors(const TruncatedSvd<T>& t, Index full) {
@@ -91,14 +91,14 @@ std::vector<double> vector_errors(const TruncatedSvd<T>& t, Index full) {
   const double floor = double(k) * double(std::numeric_limits<T>::epsilon()) * (k > 0 ? double(t.S[0]) : 0);
   for (Index i = 0; i < k; ++i) {
     if (i + 1 == k && k < full) break;
-    // A neighbour may be nearer than it looks, by its own residual.
+    // A neighbour may be nearer than it looks, by its own error.
     const auto distance = [&](Index a, Index b) {
-      return double(t.S[std::size_t(a)]) - double(t.S[std::size_t(b)]) - t.residuals[std::size_t(a == i ? b : a)];
+      return double(t.S[std::size_t(a)]) - double(t.S[std::size_t(b)]) - t.error(a == i ? b : a);
     };
     double gap = i > 0 ? distance(i - 1, i) : INFINITY;
     if (i + 1 < k) gap = std::min(gap, distance(i, i + 1));
     if (k == full) gap = std::min(gap, double(t.S[std::size_t(i)]));  // the null space is a neighbour too
-    const double residual = std::max(t.residuals[std::size_t(i)], floor);
+    const double residual = std::max(t.error(i), floor);
     error[std::size_t(i)] = gap > residual ? std::min(1.0, 2 * residual / gap) : 1.0;
   }
   return error;

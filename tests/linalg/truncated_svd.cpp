@@ -383,3 +383,50 @@ TEST_CASE_TEMPLATE("bad input is refused with a reason", T, float, double) {
         CHECK_THROWS_AS(truncated_svd(B.view().transposed(), k), NonFiniteError);
       }
 }
+
+TEST_CASE_TEMPLATE("repeated values are found, more copies of them than the block has vectors too", T, float, double) {
+  // `equal` values at 1, `spacing` apart, and a tail from 0.5 down. A Krylov space of four vectors holds four copies.
+  struct Case {
+    Index m, n, equal, rank;
+    double spacing;
+  };
+  for (const Case c :
+       {Case{256, 256, 60, 32, 0}, Case{140, 200, 20, 16, 0}, Case{200, 140, 5, 16, 0}, Case{200, 200, 9, 14, 0},
+        Case{180, 150, 100, 16, 0}, Case{200, 160, 60, 32, 1e-5}, Case{200, 160, 60, 32, 1e-3}}) {
+    for (const auto& [energy, residual] : {std::pair{1e-5, 0.0}, {1e-3, 0.0}, {0.0, 1e-5}}) {
+      CAPTURE(c.m);
+      CAPTURE(c.equal);
+      CAPTURE(c.rank);
+      CAPTURE(c.spacing);
+      CAPTURE(energy);
+      std::vector<double> sigma;
+      for (Index i = 0; i < std::min(c.m, c.n); ++i)
+        sigma.push_back(i < c.equal ? 1 - c.spacing * double(i) : 0.5 * std::pow(0.99, double(i - c.equal)));
+      const Matrix<T> W = round_to<T>(with_singular_values(c.m, c.n, sigma, 11));
+      const auto t = truncated_svd(W, c.rank, {.energy_tolerance = energy, .residual_tolerance = residual, .seed = 3});
+      CHECK(t.converged);
+      double best = 0;
+      for (Index i = 0; i < c.rank; ++i) best += sigma[std::size_t(i)] * sigma[std::size_t(i)];
+      // One copy missing would cost 0.75/rank or more; any members of the group for its largest, twice its width.
+      const double deficit = (best - t.captured_energy) / best, width = c.spacing * double(c.equal);
+      CHECK(deficit <= std::max(energy, 1e-5) + 2 * width);
+      CHECK(deficit * best < 0.3);
+      CHECK(deficit >= -1e-5);
+      CHECK(orthogonality_error(t.V) < 64 * double(std::numeric_limits<T>::epsilon()));
+    }
+  }
+  // Asked not to look for them, it may miss them; it is no slower than before.
+  const Matrix<T> W = round_to<T>(with_singular_values(256, 256, std::vector<double>(256, 1.0), 5));
+  CHECK(truncated_svd(W, 40, {.seek_copies = false}).passes <= truncated_svd(W, 40).passes);
+}
+
+TEST_CASE("what is not finite is named where it lies") {
+  Matrix<float> wide(20, 60), tall(60, 20);
+  CounterRng(1).fill_normal(wide.view());
+  CounterRng(2).fill_normal(tall.view());
+  wide(3, 14) = NAN;
+  tall(14, 3) = INFINITY;
+  CHECK_THROWS_WITH_AS((void)truncated_svd(wide, 4), doctest::Contains("A must be finite, got nan at (3, 14)"),
+                       NonFiniteError);
+  CHECK_THROWS_WITH_AS((void)truncated_svd(tall, 4), doctest::Contains("got inf at (14, 3)"), NonFiniteError);
+}

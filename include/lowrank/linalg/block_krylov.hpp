@@ -32,12 +32,17 @@ class BlockKrylov {
     prepare(start);
     if (first_norm_ > 0) {
       iterate();
+      if (incomplete_) return whole_space();
     } else {  // A·X = 0 for random X: A is zero
       deficit_ = 0;
       energy_met_ = residual_met_ = true;
     }
     return finish();
   }
+
+  /// Whether values above the last one returned lie so close together, as many as random vectors were started from,
+  /// that there may be more of them than the iteration can have seen: see with_hidden_copies.
+  [[nodiscard]] bool may_hide_copies() const noexcept { return may_hide_copies_; }
 
  private:
   static GramSide choose_side(const Op& A) {
@@ -57,9 +62,11 @@ class BlockKrylov {
   }
 
   TruncatedSvd<T> whole_space() {
+    spent_ = M_.passes();
     M_ = SidedOperator<T, Op>(A_, A_.cols() <= A_.rows() ? GramSide::right : GramSide::left, "truncated_svd");
     const Index n = M_.domain();
     block_ = basis_size_ = n;
+    may_hide_copies_ = false;
     Matrix<T> I(n, n), Y(n, M_.range());
     for (Index i = 0; i < n; ++i) I(i, i) = T(1);
     M_.settle_scale(I.view(), Y.view());
@@ -86,6 +93,7 @@ class BlockKrylov {
                                        : std::max<Index>(144, 2 * k_ + 12 * block_);
     capacity_ = std::min(capacity_, full);
     basis_.emplace(std::min(capacity_ + block_, n), n, CounterRng(options_.seed, 1));
+    random_ = block_;
     const MatrixView<T> X = basis_->next(block_);
     parallel_ranges(block_, 1, [&](Index i0, Index i1) {
       for (Index i = i0; i < i1; ++i)
@@ -93,6 +101,7 @@ class BlockKrylov {
     });
     if (warm) {
       const Index given = std::min(start.cols(), block_);
+      random_ = block_ - given;
       if (M_.side() == GramSide::right) {
         for (Index i = 0; i < given; ++i)
           for (Index j = 0; j < n; ++j) X(i, j) = start(j, i);
@@ -118,6 +127,7 @@ class BlockKrylov {
     Index next_check = warm_ ? k_ : std::max(k_ + 4 * block_, k_ + k_ / 2);
     while (true) {
       const bool full = step();
+      if (incomplete_) return;
       const bool last = full || M_.passes() + 4 > most, crowded = settled_ + block_ > capacity_;
       if (!last && !crowded && settled_ < next_check) continue;
       if (settled_ >= k_) {
@@ -149,7 +159,9 @@ class BlockKrylov {
     M_.gram(basis_->rows(d - b, b), Y_.view().middle_rows(0, b), Z_.view());
     settled_ = d;
     if (room < b || d + b > M_.domain()) {
-      // No room for another block: what is left of Z outside of the basis is rounding.
+      // No room for another block. Without any, what is left of Z outside of the basis is rounding; with a little,
+      // there are directions that no block will take, and the space is taken whole.
+      incomplete_ = room > 0;
       Matrix<T> c(b, d);
       gemm(T(1), MatrixView<const T>(Z_.view()), basis_->view().transposed(), c.view());
       store_column(d - b, c.view());
@@ -190,6 +202,7 @@ class BlockKrylov {
     const double top = std::max(ritz.values[0], 0.0), floor = top * eps;
     const double next = d > k_ ? std::max(ritz.values[std::size_t(k_)], 0.0) : 0;
     double energy = 0, worst = 0, missing = 0;
+    may_hide_copies_ = false;
     for (Index i = 0; i < k_; ++i) {
       const double theta = std::max(ritz.values[std::size_t(i)], 0.0);
       double square = 0;
@@ -202,6 +215,11 @@ class BlockKrylov {
       energy += theta;
       // A Ritz value is within r of an eigenvalue (Weyl), and about r²/gap below its own (Kato–Temple).
       missing += std::min(r, square / std::max(theta - next, std::numeric_limits<double>::min()));
+      // A group no wider than the residuals, with all the copies that the start can have brought, and not the last.
+      const double group = theta - std::max(r, 256 * floor);
+      const Index reach = i + std::max<Index>(2, random_) - 1;
+      if (!full && reach < d && ritz.values[std::size_t(reach)] >= group && ritz.values[std::size_t(k_ - 1)] < group)
+        may_hide_copies_ = true;
       worst = std::max(worst, r / std::sqrt(std::max({theta, floor, std::numeric_limits<double>::min()})));
     }
     const double before = deficit_, relative = top > 0 ? worst / std::sqrt(top) : 0;
@@ -375,7 +393,7 @@ class BlockKrylov {
       result_.captured_energy += sigma * sigma;
     }
     result_.energy_deficit = deficit_;
-    result_.passes = M_.passes();
+    result_.passes = spent_ + M_.passes();
     result_.block = block_;
     result_.basis = basis_size_;
     result_.rounding = (std::sqrt(double(std::max(left_.cols(), right_.cols()))) + 8) * eps * M_.unscaled(sigma_[0]) +
@@ -400,9 +418,11 @@ class BlockKrylov {
   std::optional<TridiagonalForm> form_;
   SymmetricEigen ritz_;
   std::vector<double> sigma_, residual_;
-  Index block_ = 0, capacity_ = 0, settled_ = 0, basis_size_ = 0, energies_ = 0, pass_of_check_ = 0;
+  Index block_ = 0, random_ = 0, spent_ = 0, capacity_ = 0, settled_ = 0, basis_size_ = 0, energies_ = 0,
+        pass_of_check_ = 0;
   double first_norm_ = 0, deficit_ = 1, energy_ = 0, gain_ = 0, steps_ = 1, worst_ = 0, rate_ = 0, distance_ = 0;
-  bool warm_ = false, energy_met_ = false, residual_met_ = false, restarted_ = false;
+  bool may_hide_copies_ = false, incomplete_ = false, warm_ = false, energy_met_ = false, residual_met_ = false,
+       restarted_ = false;
   TruncatedSvd<T> result_;
 };
 

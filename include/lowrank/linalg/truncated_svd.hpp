@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "lowrank/linalg/adjoint_check.hpp"
-#include "lowrank/linalg/block_krylov.hpp"
+#include "lowrank/linalg/hidden_copies.hpp"
 #include "lowrank/linalg/operators.hpp"
 #include "lowrank/linalg/truncated_svd_result.hpp"
 
@@ -39,7 +39,11 @@ requires LinearOperator<Op, T> TruncatedSvd<T> truncated_svd(const Op& A, Index 
     throw ShapeError(detail::text("truncated_svd: start must have A's ", Index(A.cols()), " columns as rows, got ",
                                   detail::shape_text(start.rows(), start.cols())));
   if (options.check_adjoint) check_adjoint<T>(A, options.seed);
-  return detail::BlockKrylov<T, Op>(A, rank, options).run(start);
+  detail::BlockKrylov<T, Op> iteration(A, rank, options);
+  TruncatedSvd<T> found = iteration.run(start);
+  return options.seek_copies && iteration.may_hide_copies()
+             ? detail::with_hidden_copies<T>(A, options, std::move(found))
+             : found;
 }
 
 /// As above for an operator that names its scalar, as all of this library do.
@@ -58,7 +62,12 @@ auto truncated_svd(
     MatrixView<const std::conditional_t<std::is_same_v<scalar_of<const W&>, double>, double, float>> start = {}) {
   using S = scalar_of<const W&>;
   using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
-  return truncated_svd<T>(dense_operator<T, S>(view_of(A)), rank, options, start);
+  try {
+    return truncated_svd<T>(dense_operator<T, S>(view_of(A)), rank, options, start);
+  } catch (const NonFiniteError&) {
+    detail::expect_finite("truncated_svd", "A", MatrixView<const S>(view_of(A)));  // says which element, if it is A's
+    throw;
+  }
 }
 
 }  // namespace lowrank

@@ -28,6 +28,9 @@ struct TruncatedSvdOptions {
   Index max_basis = 0;
   /// Passes after which the best result so far is returned with converged = false; 0: 1000.
   Index max_passes = 0;
+  /// Where values lie so close together that a block may have met only some of them (repeated ones most of all), search
+  /// what has been found for the others, with fresh random vectors; without it they may be missing.
+  bool seek_copies = true;
   /// Seed of the random start.
   std::uint64_t seed = 0;
   /// Test first, on random vectors, that apply and apply_adjoint belong to one matrix (check_adjoint). Costs two

@@ -63,6 +63,30 @@ TEST_CASE("a view in place needs alignment, a copy does not") {
   check_error([&] { (void)f["a"].view<float>(); }, {"not aligned", "to_matrix"});
 }
 
+TEST_CASE("a pass over the bytes gives them in order, and a file cut short meanwhile is an error") {
+  TempDir dir;
+  const std::string path = dir / "large.safetensors";
+  const Index rows = 301, cols = 1021;  // 600 KB in bf16: pieces, and a last one that is short
+  Matrix<float> m(rows, cols);
+  for (Index i = 0; i < m.size(); ++i) m.data()[i] = float(i % 251) - 100;  // exact in bf16
+  SafeTensorsWriter out(path, {{"small", Dtype::F32, {3}}, {"w", Dtype::BF16, {301, 1021}}});
+  const float three[] = {1, 2, 3};
+  out.write("small", std::as_bytes(std::span(three)));
+  out.write_matrix("w", m);
+  out.commit();
+  const SafeTensors f(path);
+  std::vector<std::byte> seen;
+  f["w"].read([&](Bytes piece) { seen.insert(seen.end(), piece.begin(), piece.end()); });
+  CHECK(std::ranges::equal(seen, f["w"].bytes()));
+  const auto copy = f["w"].to_matrix<double>();
+  bool same = true;
+  for (Index i = 0; i < m.size(); ++i) same = same && copy.data()[i] == double(m.data()[i]);
+  CHECK(same);
+  std::filesystem::resize_file(path, std::filesystem::file_size(path) - 300000);
+  check_error([&] { (void)f["w"].to_matrix<float>(); }, {"large.safetensors", "shrank"});
+  CHECK(f["small"].to_matrix<float>()(0, 2) == 3);
+}
+
 TEST_CASE("malformed headers are refused and the message names the culprit") {
   const std::string four(4, '\0');
   check_error([&] { parsed_safetensors("1234567"); }, {"too short"});

@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "lowrank/core/huge_pages.hpp"
 #include "lowrank/core/view_of.hpp"
 
 namespace lowrank {
@@ -38,6 +39,7 @@ class Buffer {
       release();
       data_ = static_cast<T*>(::operator new (std::size_t(n) * sizeof(T), std::align_val_t{alignment}));
       capacity_ = n;
+      detail::advise_huge_pages(data_, std::size_t(n) * sizeof(T));
     }
     size_ = n;
   }
@@ -85,8 +87,8 @@ class Matrix {
   template <MatrixLike X>
   requires(!std::is_same_v<std::remove_cvref_t<X>, Matrix>) explicit Matrix(X&& other) { assign(view_of(other)); }
 
-  /// New shape; contents are unspecified afterwards. Allocates only when it must grow. **Throws** ShapeError on a negative
-  /// size or one no memory holds.
+  /// New shape; contents are unspecified afterwards. Allocates only when it must grow. **Throws** ShapeError on a
+  /// negative size or one no memory holds.
   void resize(Index rows, Index cols) {
     if (rows < 0 || cols < 0)
       throw ShapeError(detail::text("Matrix: sizes must not be negative, got ", detail::shape_text(rows, cols)));

@@ -68,7 +68,7 @@ class TensorView {
     return view_of(reinterpret_cast<const S*>(bytes_.data()), m, n);
   }
 
-  /// A copy as a matrix of T, whatever real type is stored; a vector becomes one row, a scalar 1×1.
+  /// A copy as a matrix of T, whatever floating-point type is stored; a vector becomes one row, a scalar 1×1.
   ///
   /// **Throws** IoError naming the tensor for types that are not real numbers, or more than two dimensions.
   /// **Cost** one pass at memory speed. **Numerics** exact but for F64 → float.
@@ -89,13 +89,34 @@ class TensorView {
   void copy_to(T* out) const {
     if (!is_convertible_float(dtype()))
       fail(lowrank::detail::text("is stored as ", dtype_name(dtype()), ", expected a floating-point type"));
-    convert_from(dtype(), bytes_.data(), size(), out);
+    const Index width = Index(dtype_bits(dtype()) / 8);
+    read([&](Bytes piece) {
+      const Index n = Index(piece.size()) / width;
+      convert_from(dtype(), piece.data(), n, out);
+      out += n;
+    });
   }
   template <Real T>
   [[nodiscard]] std::vector<T> to_vector() const {
     std::vector<T> v(static_cast<std::size_t>(size()));
     copy_to(v.data());
     return v;
+  }
+
+  /// One pass over the bytes: f(piece) for pieces in order, each read into a buffer that stays in cache. At the speed
+  /// of `cat`, and without pages to give back; where the bytes are wanted more than once, map them (`view`).
+  ///
+  /// **Throws** IoError when the file cannot be read; what f throws.
+  template <class F>
+  void read(F&& f) const {
+    constexpr std::size_t piece = std::size_t(256) << 10;  // a whole number of elements of every type
+    if (bytes_.empty()) return;
+    Buffer<std::byte> buffer(Index(std::min(piece, bytes_.size())));
+    for (std::size_t at = 0; at < bytes_.size(); at += piece) {
+      const Bytes range = bytes_.subspan(at, std::min(piece, bytes_.size() - at));
+      file_->read(range, buffer.data());
+      f(Bytes(buffer.data(), range.size()));
+    }
   }
 
   /// Start reading; map at once; give the pages back. See MappedFile.

@@ -8,11 +8,13 @@
 #include "init/support.hpp"
 #include "lowrank/init/corda.hpp"
 #include "lowrank/init/eva.hpp"
+#include "lowrank/init/loftq.hpp"
 #include "lowrank/init/lora_ga.hpp"
 #include "lowrank/init/lora_xs.hpp"
 #include "lowrank/init/milora.hpp"
 #include "lowrank/init/olora.hpp"
 #include "lowrank/init/pissa.hpp"
+#include "lowrank/init/qpissa.hpp"
 
 using namespace lowrank;
 
@@ -136,6 +138,33 @@ TEST_CASE_TEMPLATE("gradients and inputs of any size give the directions of thos
     check_split(g, W, r);
     check_parallel(projector(g.factors.A), projector(g1.factors.A), tolerance);
     check_parallel(projector(directions(factor).factors.A), projector(e1.factors.A), tolerance);
+  }
+}
+
+TEST_CASE_TEMPLATE("weights of any size are quantised as weights near 1 are", T, float, double) {
+  // Powers of two move every scale and every difference alike: codes and relative errors stay, but for the SVD's bits.
+  const Index m = 64, n = 96, r = 4;
+  const Matrix<double> W1(test::random_matrix<float>(m, n, 3).view());
+  const Matrix<T> unit = scaled<T>(W1, 1);
+  const LoftqOptions options{.rank = r, .alpha = 8, .iterations = 2};
+  const auto error = [](const auto& q) { return q.report.result().frobenius / q.report.weight_norm; };
+  const auto loftq1 = loftq(unit, options), qpissa1 = qpissa(unit, options);
+  for (const double factor : {0x1p100, 0x1p-100}) {
+    CAPTURE(factor);
+    const Matrix<T> W = scaled<T>(W1, factor);
+    const auto l = loftq(W, options), q = qpissa(W, options);
+    CHECK(error(l) < error(loftq1) * (1 + 1e-3));
+    CHECK(error(l) > error(loftq1) * (1 - 1e-3));
+    CHECK(error(q) < error(qpissa1) * (1 + 1e-3));
+    CHECK(error(q) > error(qpissa1) * (1 - 1e-3));
+    CHECK(l.report.result().frobenius <= l.report.plain.frobenius);
+    CHECK(l.report.plain.frobenius / l.report.weight_norm ==
+          doctest::Approx(loftq1.report.plain.frobenius / loftq1.report.weight_norm).epsilon(1e-6));
+  }
+  // Blocks are quantised in float: what leaves its range is refused, not stored as infinity.
+  if constexpr (std::same_as<T, double>) {
+    const Matrix<T> huge = scaled<T>(W1, 1e150);
+    CHECK_THROWS_AS((void)loftq(huge, options), NonFiniteError);
   }
 }
 

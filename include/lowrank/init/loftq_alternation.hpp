@@ -64,12 +64,7 @@ class QuantisedAlternation {
       weight_.template apply<T>(std::as_const(E_).view(), weighted_.view());
       target = weighted_.view();
     }
-    // A deficit d in a captured share c of the energy raises the error by d·c/(2(1 − c)), relatively.
-    const double tolerance = std::clamp(2 * o_.svd_slack * (1 - captured_share_) / captured_share_, 1e-6, 0.02);
-    const auto d = truncated_svd(MatrixView<const T>(target), o_.rank, {.energy_tolerance = tolerance, .seed = o_.seed},
-                                 of_weight ? MatrixView<const T>{} : std::as_const(subspace_).view());
-    passes_ += d.passes;
-    if (d.total_energy > 0) captured_share_ = std::clamp(d.captured_energy / d.total_energy, 1e-3, 0.999);
+    const auto d = leading_triplets(target, of_weight ? MatrixView<const T>{} : std::as_const(subspace_).view());
     balanced_factors<T>(d.U.view(), d.S, d.V.view(), scale_, current_);
     if (!weight_.empty()) weight_.template solve_rows<T>(current_.A.view());
     round_to_storage(method_, current_.A.view(), o_.factor_storage);
@@ -86,7 +81,8 @@ class QuantisedAlternation {
     const MatrixView<const T> E = std::as_const(E_).view();
     if (step.frobenius > 0) {
       // One vector, a few readings: the largest value of a flat spectrum to some percent.
-      const auto top = truncated_svd(E, 1, {.energy_tolerance = 0.02, .block = 4, .max_passes = 6, .seed = o_.seed});
+      const auto top = truncated_svd(
+          E, 1, {.energy_tolerance = 0.02, .block = 4, .max_passes = 6, .seek_copies = false, .seed = o_.seed});
       step.spectral = double(top.S[0]);
       if (o_.nuclear) step.nuclear = nuclear_norm(E);
     } else if (o_.nuclear) {
@@ -150,6 +146,23 @@ class QuantisedAlternation {
           throw NonFiniteError(text(method_, ": W must be finite", std::isfinite(x) ? " in float" : "", ", got ", x,
                                     " at (", i, ", ", j, "), block ", Q_.layout().block_of(i, j)));
   }
+  /// The rank-r truncated SVD of `target`, no more accurate than the error needs.
+  TruncatedSvd<T> leading_triplets(MatrixView<const T> target, MatrixView<const T> start) {
+    TruncatedSvd<T> d;
+    for (double asked = INFINITY;;) {
+      // No search for repeated values: quantisation noise has none, and the error is measured in any case.
+      // A deficit d in a captured share c of the energy raises the error by d·c/(2(1 − c)), relatively. Before anything
+      // is known c is taken to be small, as it is where quantisation noise is fitted; if it is not, the SVD goes on.
+      const double tolerance = std::clamp(2 * o_.svd_slack * (1 - captured_share_) / captured_share_, 1e-6, 0.01);
+      if (tolerance > asked / 2) return d;
+      d = truncated_svd(target, o_.rank, {.energy_tolerance = tolerance, .seek_copies = false, .seed = o_.seed},
+                        asked < INFINITY ? std::as_const(d.V).view() : start);
+      passes_ += d.passes;
+      if (d.total_energy > 0) captured_share_ = std::clamp(d.captured_energy / d.total_energy, 1e-3, 0.999);
+      if (asked < INFINITY) return d;
+      asked = tolerance;
+    }
+  }
   /// E = W − s·B·A.
   void subtract_factors() { residual_base(W_, current_, E_.view()); }
   /// E −= Q; returns ‖E‖_F².
@@ -187,7 +200,7 @@ class QuantisedAlternation {
   const char* method_;
   MatrixView<const S> W_;
   const LoftqOptions& o_;
-  double scale_ = 1, captured_share_ = 0.2;
+  double scale_ = 1, captured_share_ = 0.02;
   ActivationWeight weight_;
   GptqOptions feedback_;
   std::optional<GptqFactor<T>> factor_;  ///< of the covariance, once plain quantisation has been measured

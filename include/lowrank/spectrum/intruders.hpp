@@ -82,26 +82,86 @@ struct IntruderReport {
 
 namespace detail {
 
-/// Sine of the angle by which each left vector may be off: error(i) / distance to the neighbouring values (Wedin). The
-/// last vector's lower neighbour was not computed unless the list is complete, so it counts as unknown.
+/// A·X and Aᵀ·X in double for the A whose vectors are judged. Vectors are rows: X count×cols, Y count×rows; the adjoint
+/// the other way round.
+template <class S>
+struct WideDense {
+  MatrixView<const S> W;
+  void apply(MatrixView<const double> X, MatrixView<double> Y) const { wide_product<S>(W, X, Y); }
+  void apply_adjoint(MatrixView<const double> X, MatrixView<double> Y) const { wide_product<S>(W.transposed(), X, Y); }
+};
+/// Of W + s·B·A, which is not formed.
+template <class S, class T>
+struct WideUpdated {
+  MatrixView<const S> W;
+  const LoraFactors<T>& update;
+  void apply(MatrixView<const double> X, MatrixView<double> Y) const {
+    wide_product<S>(W, X, Y);
+    add(update.A.view(), update.B.view(), X, Y);
+  }
+  void apply_adjoint(MatrixView<const double> X, MatrixView<double> Y) const {
+    wide_product<S>(W.transposed(), X, Y);
+    add(update.B.view().transposed(), update.A.view().transposed(), X, Y);
+  }
+
+ private:
+  /// Y(v, :) += s·outer·(inner·X(v, :)).
+  void add(MatrixView<const T> inner, MatrixView<const T> outer, MatrixView<const double> X,
+           MatrixView<double> Y) const {
+    Matrix<double> H(X.rows(), inner.rows()), part(Y.rows(), Y.cols());
+    wide_product<T>(inner, X, H.view());
+    wide_product<T>(outer, H.view(), part.view());
+    for (Index v = 0; v < Y.rows(); ++v) axpy(Y.cols(), double(update.scale), &part(v, 0), &Y(v, 0));
+  }
+};
+
+/// How far each triplet is from satisfying Av = σu, Aᵀu = σv, as the truncated SVD states it: measured in its scalar,
+/// with what rounding may hide, and with the loss of orthogonality among its vectors.
 template <class T>
-std::vector<double> vector_errors(const TruncatedSvd<T>& t, Index full) {
+std::vector<double> stated_errors(const TruncatedSvd<T>& t) {
+  std::vector<double> error;
+  const double eps = double(std::numeric_limits<T>::epsilon()), first = t.S.empty() ? 0 : double(t.S[0]);
+  for (Index i = 0; i < Index(t.S.size()); ++i) error.push_back(std::max(t.error(i), double(t.S.size()) * eps * first));
+  return error;
+}
+/// The same measured in double, which leaves of the rounding only that of the vectors' own scalars: for float a tenth
+/// of what has to be stated otherwise. **Cost** two products of A with the vectors.
+template <class T, class Wide>
+std::vector<double> measured_errors(const TruncatedSvd<T>& t, const Wide& A) {
+  const Matrix<double> u(t.U.view().transposed()), v(t.V.view().transposed());
+  Matrix<double> Av(u.rows(), u.cols()), Au(v.rows(), v.cols());
+  A.apply(v.view(), Av.view());
+  A.apply_adjoint(u.view(), Au.view());
+  std::vector<double> error;
+  const double eps = double(std::numeric_limits<T>::epsilon()), first = t.S.empty() ? 0 : double(t.S[0]);
+  for (Index i = 0; i < u.rows(); ++i) {
+    axpy(u.cols(), -double(t.S[std::size_t(i)]), &u(i, 0), &Av(i, 0));
+    axpy(v.cols(), -double(t.S[std::size_t(i)]), &v(i, 0), &Au(i, 0));
+    const double residual =
+        std::sqrt(std::max(dot(u.cols(), &Av(i, 0), &Av(i, 0)), dot(v.cols(), &Au(i, 0), &Au(i, 0))));
+    error.push_back(residual + 4 * eps * first);
+  }
+  return error;
+}
+
+/// Sine of the angle by which each left vector may be off: its error over the distance to the neighbouring values
+/// (Wedin). The last vector's lower neighbour was not computed unless the list is complete, so it counts as unknown.
+template <class T>
+std::vector<double> vector_errors(const TruncatedSvd<T>& t, const std::vector<double>& error, Index full) {
   const Index k = Index(t.S.size());
-  std::vector<double> error(std::size_t(k), 1.0);
-  const double floor = double(k) * double(std::numeric_limits<T>::epsilon()) * (k > 0 ? double(t.S[0]) : 0);
+  std::vector<double> sine(std::size_t(k), 1.0);
   for (Index i = 0; i < k; ++i) {
     if (i + 1 == k && k < full) break;
     // A neighbour may be nearer than it looks, by its own error.
     const auto distance = [&](Index a, Index b) {
-      return double(t.S[std::size_t(a)]) - double(t.S[std::size_t(b)]) - t.error(a == i ? b : a);
+      return double(t.S[std::size_t(a)]) - double(t.S[std::size_t(b)]) - error[std::size_t(a == i ? b : a)];
     };
     double gap = i > 0 ? distance(i - 1, i) : INFINITY;
     if (i + 1 < k) gap = std::min(gap, distance(i, i + 1));
     if (k == full) gap = std::min(gap, double(t.S[std::size_t(i)]));  // the null space is a neighbour too
-    const double residual = std::max(t.error(i), floor);
-    error[std::size_t(i)] = gap > residual ? std::min(1.0, 2 * residual / gap) : 1.0;
+    if (gap > error[std::size_t(i)]) sine[std::size_t(i)] = std::min(1.0, 2 * error[std::size_t(i)] / gap);
   }
-  return error;
+  return sine;
 }
 
 /// Judges the vectors one certificate after the other.
@@ -120,26 +180,35 @@ class IntruderSearch {
     references_ = std::min(full_, std::max<Index>(o.references > 0 ? o.references : 2 * k_ + 8, 1));
   }
 
-  /// `tuned` multiplies by W'; `form()` makes W' as a matrix of T, which only the fallback needs.
-  template <class Op, class Form>
-  IntruderReport run(const Op& tuned, Form&& form) {
+  /// `tuned` multiplies by W', `wide` in double; `form()` makes W' as a matrix of T, which only the fallback needs.
+  template <class Op, class Wide, class Form>
+  IntruderReport run(const Op& tuned, const Wide& wide, Form&& form) {
     const Index wanted = std::min(k_ + 1, full_);
     const auto base = dense_operator<T, S>(W_);
     // First a cheap look: whatever has a clear partner among few vectors of W, or clearly none anywhere, is settled
     // here.
     auto top = truncated_svd<T>(tuned, wanted, accuracy(1e-4));
-    auto known = truncated_svd<T>(base, std::min(references_, k_ + 4), accuracy(1e-3));
+    const Index few = std::min(references_, k_ + 4);
+    auto known = truncated_svd<T>(base, few, accuracy(1e-3));
     total_ = top.total_energy;
     report_.vectors.assign(std::size_t(k_), {});
     std::vector<Index> open(static_cast<std::size_t>(k_));
     for (Index i = 0; i < k_; ++i) open[std::size_t(i)] = i;
-    for (const bool polished : {false, true}) {
-      if (polished) {
+    auto own = vector_errors(top, stated_errors(top), full_),
+         theirs = vector_errors(known, stated_errors(known), full_);
+    for (const Look look : {Look::cheap, Look::accurate, Look::wider}) {
+      if (look == Look::accurate) {
         top = truncated_svd<T>(tuned, wanted, accuracy(3e-6), top.V.view());
-        known = truncated_svd<T>(base, references_, accuracy(3e-6), known.V.view());
+        own = vector_errors(top, measured_errors(top, wide), full_);
+      }
+      if (look != Look::cheap) {
+        const Index count = look == Look::accurate ? few : references_;
+        if (look == Look::wider && count == few) break;
+        known = truncated_svd<T>(base, count, accuracy(3e-6), known.V.view());
+        theirs = vector_errors(known, measured_errors(known, WideDense<S>{W_}), full_);
       }
       for (Index i = 0; i < k_; ++i) verdict(i).singular_value = double(top.S[std::size_t(i)]);
-      open = lanczos(top, decide(top, known, open));
+      open = lanczos(top, decide(top, known, own, theirs, open));
       if (open.empty()) break;
     }
     if (!open.empty()) compare_all(form());
@@ -150,6 +219,7 @@ class IntruderSearch {
   }
 
  private:
+  enum class Look { cheap, accurate, wider };
   static TruncatedSvdOptions accuracy(double residual) {
     return {.energy_tolerance = 0, .residual_tolerance = residual, .max_passes = 200};
   }
@@ -160,8 +230,9 @@ class IntruderSearch {
   }
 
   /// Certificates that need nothing but the computed vectors; returns the indices they leave open.
-  std::vector<Index> decide(const TruncatedSvd<T>& top, const TruncatedSvd<T>& known, const std::vector<Index>& among) {
-    const auto own = vector_errors(top, full_), theirs = vector_errors(known, full_);
+  /// own, theirs: sines of the angles by which the vectors of `top` and `known` may be off.
+  std::vector<Index> decide(const TruncatedSvd<T>& top, const TruncatedSvd<T>& known, const std::vector<double>& own,
+                            const std::vector<double>& theirs, const std::vector<Index>& among) {
     const Matrix<T> C = multiply<T>(known.U.view().transposed(), top.U.view());
     // Only vectors that are known well may be projected out; the others stay with the unknown ones.
     std::vector<Index> usable;
@@ -170,12 +241,14 @@ class IntruderSearch {
     const bool all_known = Index(usable.size()) == full_;
     rest_.resize(k_, W_.rows());
     limit_.assign(std::size_t(k_), 0.0);
+    // Of a sum of W.rows() products in T.
+    const double rounding = (std::sqrt(double(W_.rows())) + 8) * double(std::numeric_limits<T>::epsilon());
     std::vector<Index> open;
     for (const Index i : among) {
-      double energy = 0, spill = own[std::size_t(i)], best = 0, surely = 0, at_most = 0;
+      double energy = 0, spill = own[std::size_t(i)] + rounding, best = 0, surely = 0, at_most = 0;
       for (Index r = 0; r < W_.rows(); ++r) rest_(i, r) = double(top.U(r, i));
       for (Index j = 0; j < C.rows(); ++j) {
-        const double c = std::abs(double(C(j, i))), error = own[std::size_t(i)] + theirs[std::size_t(j)];
+        const double c = std::abs(double(C(j, i))), error = own[std::size_t(i)] + theirs[std::size_t(j)] + rounding;
         best = std::max(best, c);
         surely = std::max(surely, c - error);
         if (theirs[std::size_t(j)] >= 0.02) continue;
@@ -253,9 +326,10 @@ class IntruderSearch {
     }
     const double margin = o_.epsilon - limit;
     for (std::size_t j = 0; j < m.nodes.size(); ++j) {
-      // Converged, and by so much that only singular values of W which agree to some 1e-5 could share this energy. Far
-      // below σ₁ the squares of all values crowd together: there a pair says nothing.
+      // Converged, and by so much that only singular values of W could share this energy which T does not tell apart
+      // either. Far below σ₁ the squares of all values crowd together: there a pair says nothing.
       if (!(std::max(m.residuals[j], 1e-14 * scale) <= 1e-6 * m.nodes[j])) continue;
+      if (std::is_same_v<T, double> && m.residuals[j] > 1e-12 * scale) continue;
       const double cosine = std::sqrt(share(j));
       verdict(i).cosine = std::max(verdict(i).cosine, std::min(1.0, cosine));
       if (cosine - margin >= o_.epsilon) {
@@ -312,7 +386,11 @@ IntruderReport find_intruders(MatrixView<const S> W, MatrixView<const S1> tuned,
   using T = std::conditional_t<std::is_same_v<S, double> || std::is_same_v<S1, double>, double, float>;
   static_assert(StorageOf<S, T> && StorageOf<S1, T>, "find_intruders: W and tuned must both be double, or neither");
   detail::expect_shape("find_intruders", "tuned", tuned.rows(), tuned.cols(), W.rows(), W.cols());
-  return detail::IntruderSearch<T, S>(W, options).run(dense_operator<T, S1>(tuned), [&] { return Matrix<T>(tuned); });
+  detail::expect_finite("find_intruders", "W", W);
+  detail::expect_finite("find_intruders", "tuned", tuned);
+  return detail::IntruderSearch<T, S>(W, options).run(dense_operator<T, S1>(tuned), detail::WideDense<S1>{tuned}, [&] {
+    return Matrix<T>(tuned);
+  });
 }
 /// As above for matrix-like things: Eigen, xtensor, lowrank::Matrix.
 template <class X, class Y>
@@ -326,12 +404,14 @@ template <class S, Real T>
 requires StorageOf<S, T> IntruderReport find_intruders(MatrixView<const S> W, const LoraFactors<T>& update,
                                                        const IntruderOptions& options = {}) {
   detail::check_factors("find_intruders", update);
+  detail::expect_finite("find_intruders", "W", W);
   detail::expect_shape("find_intruders", "the update", update.out_features(), update.in_features(), W.rows(), W.cols());
-  return detail::IntruderSearch<T, S>(W, options).run(updated_operator(dense_operator<T, S>(W), update), [&] {
-    Matrix<T> tuned(W);
-    gemm(update.scale, update.B.view(), update.A.view(), tuned.view(), Update::accumulate);
-    return tuned;
-  });
+  return detail::IntruderSearch<T, S>(W, options)
+      .run(updated_operator(dense_operator<T, S>(W), update), detail::WideUpdated<S, T>{W, update}, [&] {
+        Matrix<T> tuned(W);
+        gemm(update.scale, update.B.view(), update.A.view(), tuned.view(), Update::accumulate);
+        return tuned;
+      });
 }
 template <class X, Real T>
 requires MatrixLike<const X&> IntruderReport find_intruders(const X& W, const LoraFactors<T>& update,

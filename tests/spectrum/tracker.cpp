@@ -59,7 +59,41 @@ LoraFactors<float> factors(Index m, Index n, Index r, std::uint64_t seed) {
   return f;
 }
 
+/// What a layer shows of itself.
+struct Layer {
+  LoraFactors<float> f;
+  [[nodiscard]] MatrixView<const float> A() const { return f.A.view(); }
+  [[nodiscard]] MatrixView<const float> B() const { return f.B.view(); }
+  [[nodiscard]] float scale() const { return f.scale; }
+};
+template <class X>
+concept CanWatch = requires(Tracker<float>& tracker, X&& x) {
+  tracker.watch("name", std::forward<X>(x));
+};
+static_assert(CanWatch<LoraFactors<float>&> && CanWatch<const LoraFactors<float>&> && CanWatch<const Layer&>);
+static_assert(CanWatch<Matrix<float>&> && CanWatch<MatrixView<float>>);
+static_assert(!CanWatch<LoraFactors<float>> && !CanWatch<Matrix<float>>, "what dies at once cannot be followed");
+
 }  // namespace
+
+TEST_CASE("a layer is followed as its factors are") {
+  const TemporaryFile one(".csv"), other(".csv");
+  Layer layer{factors(30, 20, 4, 1)};
+  {
+    Tracker<float> a(one.path, {.every = 1, .clock = [] { return 0.0; }}),
+        b(other.path, {.every = 1, .clock = [] { return 0.0; }});
+    a.watch("q", layer);
+    b.watch("q", layer.f.A, layer.f.B, layer.f.scale);
+    for (int step = 0; step < 2; ++step) {
+      layer.f.B(3, 1) += 1;  // in place, as an optimizer does
+      a.step();
+      b.step();
+    }
+  }
+  CHECK(one.lines() == other.lines());
+  CHECK(one.lines().size() == 3);
+  CHECK(cells(one.lines()[1]) != cells(one.lines()[2]));
+}
 
 TEST_CASE("a LoRA update's line holds its metrics") {
   const TemporaryFile file(".csv");

@@ -80,4 +80,16 @@ template <class X>
 using scalar_of = typename decltype(ViewTraits<std::remove_cvref_t<X>>::view(
     std::declval<std::remove_reference_t<X>&>()))::value_type;
 
+/// A MatrixLike of float or double.
+template <class X>
+concept RealMatrix = MatrixLike<X> &&(std::same_as<scalar_of<X>, float> || std::same_as<scalar_of<X>, double>);
+
+namespace detail {
+/// The view of x to read from, whatever its elements may do.
+template <MatrixLike X>
+constexpr MatrixView<const scalar_of<X>> const_view_of(X&& x) {
+  return view_of(x);
+}
+}  // namespace detail
+
 }  // namespace lowrank

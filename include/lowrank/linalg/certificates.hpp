@@ -132,6 +132,12 @@ requires LinearOperator<Op, T> && HasFrobeniusNorm<Op> NormBounds frobenius_erro
   const double square = total - 2 * inner + own.squared;
   return {std::sqrt(std::max(0.0, square - slack)), std::sqrt(std::max(0.0, square + slack)), 0};
 }
+/// As above for a matrix-like A.
+template <class X, Real T>
+requires MatrixLike<const X&> && StorageOf<scalar_of<const X&>, T> NormBounds
+frobenius_error(const X& A, const Svd<T>& approximation) {
+  return frobenius_error<T>(dense_operator<T>(A), approximation);
+}
 
 /// How spectral_error looks.
 struct SpectralErrorOptions {
@@ -203,6 +209,12 @@ requires LinearOperator<Op, T> NormBounds spectral_error(const Op& A, const Svd<
   const double upper = std::exp((largest + log_factor) / double(2 * options.powers + 1));
   return {std::max(0.0, lower - rounding), std::max(upper, lower) + rounding, options.failure_probability};
 }
+/// As above for a matrix-like A.
+template <class X, Real T>
+requires MatrixLike<const X&> && StorageOf<scalar_of<const X&>, T> NormBounds
+spectral_error(const X& A, const Svd<T>& approximation, const SpectralErrorOptions& options = {}) {
+  return spectral_error<T>(dense_operator<T>(A), approximation, options);
+}
 
 /// The root mean square error ‖A − Q·QᵀA‖_F of a randomised range finder with one column less, from the sketch alone.
 ///
@@ -235,5 +247,9 @@ double leave_one_out_error(MatrixView<const T> Y) {
   }
   return std::sqrt(sum / double(s));
 }
+/// As above for a matrix-like Y.
+template <class X>
+requires RealMatrix<const X&>
+double leave_one_out_error(const X& Y) { return leave_one_out_error<scalar_of<const X&>>(detail::const_view_of(Y)); }
 
 }  // namespace lowrank

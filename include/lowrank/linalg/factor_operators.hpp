@@ -193,9 +193,18 @@ FrozenOperator<T, Base> base_operator(const Base& base) {
 
 /// W + s·B·A with LoRA factors, which must outlive it.
 template <class Op>
-UpdatedOperator<Op> updated_operator(const Op& W, const LoraFactors<typename Op::scalar>& f) {
+requires(!MatrixLike<const Op&>) UpdatedOperator<Op> updated_operator(const Op& W,
+                                                                      const LoraFactors<typename Op::scalar>& f) {
   using T = typename Op::scalar;
   return UpdatedOperator<Op>(W, ProductOperator<T>(f.B.view(), f.A.view(), f.scale));
 }
+/// As above for a matrix-like W, which must outlive it too.
+template <MatrixLike X>
+auto updated_operator(X&& W, const LoraFactors<arithmetic_of<scalar_of<X>>>& f) {
+  return updated_operator(dense_operator(W), f);
+}
+/// Factors that die at the end of the expression. Name them, then pass them.
+template <class W, Real T>
+void updated_operator(W&&, LoraFactors<T>&&) = delete;
 
 }  // namespace lowrank

@@ -144,6 +144,8 @@ SingularValues singular_values(const LoraFactors<T>& update) {
   return detail::values_of_stacked(
       detail::StackedFactors("singular_values", std::span<const LoraFactors<T>* const>(term)));
 }
+/// The singular values of a sum Σ_t s_t·B_t·A_t. **Throws**, **Cost**: see svd of a sum. **Numerics** `absolute_error`
+/// is the same with R = Σr_t in place of r, and √Σ‖s_t·B_t‖_F²·√Σ‖A_t‖_F² in place of the norms.
 template <Real T>
 SingularValues singular_values(std::span<const LoraFactors<T>> terms) {
   const auto list = detail::pointers(terms);

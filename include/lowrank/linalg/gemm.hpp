@@ -93,5 +93,11 @@ Matrix<T> multiply(MatrixView<const T> A, std::type_identity_t<MatrixView<const 
   gemm(T(1), A, B, C.view());
   return C;
 }
+/// As above for matrix-like things: Eigen, xtensor, lowrank::Matrix, views of elements that are not const.
+template <class X, class Y>
+requires RealMatrix<const X&> && MatrixOf<const Y&, const scalar_of<const X&>> Matrix<scalar_of<const X&>> multiply(
+    const X& A, const Y& B) {
+  return multiply<scalar_of<const X&>>(detail::const_view_of(A), detail::const_view_of(B));
+}
 
 }  // namespace lowrank

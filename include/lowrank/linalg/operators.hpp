@@ -130,6 +130,16 @@ auto dense_operator(MatrixView<const S> W) {
   return StreamedOperator<T, detail::DenseRows<S>>({rows}, side);
 }
 
+/// As above for matrix-like things, which must outlive the operator; T is double for double, else float.
+template <MatrixLike X>
+auto dense_operator(X&& W) {
+  using S = scalar_of<X>;
+  return dense_operator<arithmetic_of<S>, S>(detail::const_view_of(W));
+}
+template <Real T, MatrixLike X>
+requires StorageOf<scalar_of<X>, T>
+auto dense_operator(X&& W) { return dense_operator<T, scalar_of<X>>(detail::const_view_of(W)); }
+
 /// W₁ − W₀, subtracted in T after widening: the update a fine-tuning made. Storages and orders may differ.
 /// **Throws** ShapeError when the shapes differ.
 template <Real T, class S1, class S0>
@@ -139,6 +149,15 @@ auto difference_operator(MatrixView<const S1> tuned, MatrixView<const S0> base) 
   const auto [rows, side] = detail::contiguous_rows(tuned);
   using Source = detail::DifferenceRows<T, S1, S0>;
   return StreamedOperator<T, Source>(Source{rows, side == GramSide::right ? base : base.transposed()}, side);
+}
+
+/// As above for matrix-like things, which must outlive the operator; T is double for double, else float.
+template <MatrixLike X, MatrixLike Y>
+requires std::same_as<arithmetic_of<scalar_of<X>>, arithmetic_of<scalar_of<Y>>>
+auto difference_operator(X&& tuned, Y&& base) {
+  using S1 = scalar_of<X>;
+  using S0 = scalar_of<Y>;
+  return difference_operator<arithmetic_of<S1>, S1, S0>(detail::const_view_of(tuned), detail::const_view_of(base));
 }
 
 /// diag(d)·A of a streamed operator. **Throws** ShapeError unless d has A.rows() elements.

@@ -147,5 +147,10 @@ Qr<T> thin_qr(MatrixView<const T> A) {
   }
   return out;
 }
+/// As above for matrix-like things: Eigen, xtensor, lowrank::Matrix, views of elements that are not const.
+template <class X>
+requires RealMatrix<const X&> Qr<scalar_of<const X&>> thin_qr(const X& A) {
+  return thin_qr<scalar_of<const X&>>(detail::const_view_of(A));
+}
 
 }  // namespace lowrank

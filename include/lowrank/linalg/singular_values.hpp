@@ -122,8 +122,8 @@ SingularValues singular_values_of(MatrixView<const S> W, const SingularValueOpti
   if (!(options.accuracy > 0) || !(options.relative_accuracy >= 0))
     throw ArgumentError(text(where, ": accuracy must be positive and relative_accuracy not negative, got ",
                              options.accuracy, " and ", options.relative_accuracy));
+  const double scale = unit_scale(checked_max_abs(where, "W", W));  // while (i, j) are the caller's
   if (W.rows() < W.cols()) W = W.transposed();
-  const double scale = unit_scale(checked_max_abs(where, "W", W));
   if (W.cols() == 0) return {};
   if (W.cols() >= small_spectrum) {
     SingularValues out = gram_singular_values(W, scale, where);

@@ -35,15 +35,16 @@ Svd<T> dense_svd(MatrixView<T> A, const char* where) {
 }
 #endif
 
+/// `largest`: the largest magnitude in W.
 template <class T, class S>
-Svd<T> svd_of(MatrixView<const S> W) {
+Svd<T> svd_of(MatrixView<const S> W, double largest) {
   constexpr const char* where = "svd";
   if (W.rows() < W.cols()) {
-    Svd<T> swapped = svd_of<T, S>(W.transposed());
+    Svd<T> swapped = svd_of<T, S>(W.transposed(), largest);
     return {std::move(swapped.V), std::move(swapped.S), std::move(swapped.U)};
   }
   const Index m = W.rows(), n = W.cols();
-  const double scale = unit_scale(checked_max_abs(where, "W", W));
+  const double scale = unit_scale(largest);
   if (n == 0) return {Matrix<T>(m, 0), {}, Matrix<T>(0, 0)};
   if (n <= svd_in_double) {
     const Matrix<T> copy(W);
@@ -81,7 +82,8 @@ template <MatrixLike X>
 auto svd(X&& W) {
   using S = scalar_of<X>;
   using T = std::conditional_t<Real<S>, S, float>;
-  return detail::svd_of<T, S>(view_of(W));
+  const MatrixView<const S> view = view_of(W);
+  return detail::svd_of<T, S>(view, detail::checked_max_abs("svd", "W", view));
 }
 
 }  // namespace lowrank

@@ -50,14 +50,15 @@ inline void check_delta(const char* where, double delta) {
 
 /// Riemannian preconditioning of both gradients: g_A ← (BᵀB + δI)⁻¹·g_A, g_B ← g_B·(A·Aᵀ + δI)⁻¹, in place.
 ///
+///     riemannian_precondition(layer.A(), layer.B(), layer.parameters().gradient(0), layer.parameters().gradient(1));
+///
 /// The step of s·B·A then no longer depends on how the product is split between the factors. Call between backward and
 /// the optimizer's step. **Shapes** A, g_A r×in; B, g_B out×r. **Throws** ShapeError; ArgumentError for a negative δ,
 /// or δ = 0 with dependent rows of A or columns of B (B = 0 at the start of LoRA among them).
 /// **Cost** O(r²·(in + out)). **Source** Zhang & Pilanci, "Riemannian preconditioned LoRA", arXiv 2402.02347, eq. 2.
 template <Real T>
-void riemannian_precondition(MatrixView<const T> A, std::type_identity_t<MatrixView<const T>> B,
-                             std::type_identity_t<MatrixView<T>> gA, std::type_identity_t<MatrixView<T>> gB,
-                             double delta = 1e-6) {
+void riemannian_precondition(std::type_identity_t<MatrixView<const T>> A, std::type_identity_t<MatrixView<const T>> B,
+                             MatrixView<T> gA, std::type_identity_t<MatrixView<T>> gB, double delta = 1e-6) {
   constexpr const char* where = "riemannian_precondition";
   detail::check_delta(where, delta);
   detail::expect_shape(where, "B", B.rows(), B.cols(), B.rows(), A.rows());
@@ -70,12 +71,15 @@ void riemannian_precondition(MatrixView<const T> A, std::type_identity_t<MatrixV
 
 /// LoRA-FA's gradient of B with A frozen: g_B ← g_B·(A·Aᵀ + δI)⁻¹/s², in place; g_A is to be ignored.
 ///
+///     lora_fa_gradient(layer.A(), layer.scale(), layer.parameters().gradient(1));
+///
 /// With it a step along g_B is the least-squares best approximation of a step along the full gradient by s·B·A.
 /// **Shapes** A r×in, g_B out×r. **Throws** as riemannian_precondition, and ArgumentError for s = 0. **Cost** O(r²·(in
 /// + out)).
 /// **Source** Zhang et al., "LoRA-FA", arXiv 2308.03303; the corrected gradient as in PEFT's LoraFAOptimizer.
 template <Real T>
-void lora_fa_gradient(MatrixView<const T> A, T scale, std::type_identity_t<MatrixView<T>> gB, double delta = 1e-6) {
+void lora_fa_gradient(std::type_identity_t<MatrixView<const T>> A, std::type_identity_t<T> scale, MatrixView<T> gB,
+                      double delta = 1e-6) {
   constexpr const char* where = "lora_fa_gradient";
   detail::check_delta(where, delta);
   detail::expect_shape(where, "gB", gB.rows(), gB.cols(), gB.rows(), A.rows());

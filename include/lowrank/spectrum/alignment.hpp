@@ -53,6 +53,12 @@ double amplification_factor(MatrixView<const T> W, const Svd<T>& delta) {
   if (!std::isfinite(seen)) throw NonFiniteError("amplification_factor: W must be finite, and so must be its products");
   return seen > 0 ? std::sqrt(norm / seen) : std::numeric_limits<double>::infinity();
 }
+/// As above for a matrix-like W.
+template <class X, Real T>
+requires MatrixOf<const X&, const T>
+double amplification_factor(const X& W, const Svd<T>& delta) {
+  return amplification_factor<T>(detail::const_view_of(W), delta);
+}
 
 /// Shares of an update's energy along the first k singular directions of the weight, k = 1…K, each in [0, 1].
 struct Alignment {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "lowrank/core/half.hpp"
+#include "lowrank/core/view_of.hpp"
 #include "lowrank/spectrum/noise.hpp"
 
 namespace lowrank {
@@ -75,6 +76,12 @@ requires(std::same_as<S, bf16> || std::same_as<S, f16>) RoundingNoise
   const double ulp =
       std::ldexp((both_rounded ? std::numbers::sqrt2 : 1) / std::sqrt(12.0), -detail::significand_bits<S>);
   return {ulp * std::sqrt(total / double(v.size())), ulp * (std::sqrt(widest_row) + std::sqrt(widest_column))};
+}
+/// As above for a matrix-like W.
+template <class S, class X>
+requires(std::same_as<S, bf16> || std::same_as<S, f16>) && MatrixLike<const X&> RoundingNoise
+    rounding_noise(const X& W, bool both_rounded) {
+  return rounding_noise<S, scalar_of<const X&>>(detail::const_view_of(W), both_rounded);
 }
 
 }  // namespace lowrank

@@ -60,6 +60,12 @@ Matrix<double> subspace_similarity(MatrixView<const T> U, std::type_identity_t<M
     for (Index j = 0; j < G.cols(); ++j) phi(i, j) /= double(std::min(i, j) + 1);
   return phi;
 }
+/// As above for matrix-like things: Eigen, xtensor, lowrank::Matrix, views of elements that are not const.
+template <class X, class Y>
+requires RealMatrix<const X&> && MatrixOf<const Y&, const scalar_of<const X&>> Matrix<double> subspace_similarity(
+    const X& U, const Y& V) {
+  return subspace_similarity<scalar_of<const X&>>(detail::const_view_of(U), detail::const_view_of(V));
+}
 
 /// The angles between two subspaces, ascending, in radians: cos θ_i are the singular values of UᵀV.
 ///
@@ -87,6 +93,12 @@ std::vector<double> principal_angles(MatrixView<const T> U, std::type_identity_t
   }
   std::sort(angles.begin(), angles.end());
   return angles;
+}
+/// As above for matrix-like things: Eigen, xtensor, lowrank::Matrix, views of elements that are not const.
+template <class X, class Y>
+requires RealMatrix<const X&> && MatrixOf<const Y&, const scalar_of<const X&>> std::vector<double> principal_angles(
+    const X& U, const Y& V) {
+  return principal_angles<scalar_of<const X&>>(detail::const_view_of(U), detail::const_view_of(V));
 }
 
 /// The length of the geodesic between two subspaces of one dimension: √Σθ².

@@ -78,7 +78,7 @@ struct TrackerOptions {
 /// Follows ΔW of any number of modules through a training run and appends their metrics to a file.
 ///
 ///     Tracker<float> tracker("run.csv");            // or run.jsonl
-///     tracker.watch("q_proj", factors);             // A, B, scale: or a dense weight, whose start is remembered
+///     tracker.watch("q_proj", layer);               // s·B·A; or A, B, s; or a dense weight, whose start is remembered
 ///     for (...) { train_one_step(); tracker.step(); }
 ///
 /// One line a module and record: step, seconds of training, name, the metrics chosen, and for a dense update
@@ -127,6 +127,26 @@ class Tracker {
   }
   /// As above; the scale is the one the factors have now.
   void watch(std::string name, const LoraFactors<T>& f) { watch(std::move(name), f.A.view(), f.B.view(), f.scale); }
+  /// Factors that die at the end of the expression, as those of `layer.factors()`, a copy: pass the layer instead.
+  void watch(std::string name, LoraFactors<T>&& f) = delete;
+  /// Follows the s·B·A of a LoRA layer, where its parameters lie now: after `FlatParameters::pack()`, which moves them.
+  /// The layer, or the block they were moved into, must outlive the tracker.
+  template <class Layer>
+  requires requires(const Layer& l) {
+    { l.A() } -> std::convertible_to<MatrixView<const T>>;
+    { l.B() } -> std::convertible_to<MatrixView<const T>>;
+    { l.scale() } -> std::convertible_to<T>;
+  }
+  void watch(std::string name, const Layer& layer) { watch(std::move(name), layer.A(), layer.B(), T(layer.scale())); }
+  /// As the ones above, for matrix-like things: Eigen, xtensor, lowrank::Matrix.
+  template <class X>
+  requires MatrixOf<X, const T>
+  void watch(std::string name, X&& W) { watch(std::move(name), MatrixView<const T>(view_of(W))); }
+  template <class X, class Y>
+  requires MatrixOf<X, const T> && MatrixOf<Y, const T>
+  void watch(std::string name, X&& A, Y&& B, T scale) {
+    watch(std::move(name), MatrixView<const T>(view_of(A)), MatrixView<const T>(view_of(B)), scale);
+  }
   /// Follows what becomes of W: ΔW = W − (W as it is now), of which a copy is kept. W must outlive the tracker.
   void watch(std::string name, MatrixView<const T> W) {
     modules_.push_back({std::move(name), W, {}, T(1), {}, Matrix<T>(W), {}});

@@ -115,20 +115,20 @@ std::vector<std::string> trainings(const Options& o) {
 
 /// "--rank: expected ..., got ...", for the numbers that the library would refuse after the base has been trained.
 void check_numbers(const Options& o) {
-  const auto expect = [](bool good, const char* option, const char* what, double got) {
+  const auto expect = [](bool good, const char* option, const char* what, auto got) {
     if (!good) throw lowrank::ArgumentError(message(option, ": expected ", what, ", got ", got));
   };
   const auto positive = [](double x) { return x > 0 && std::isfinite(x); };
-  expect(o.rank >= 1, "--rank", "at least 1", double(o.rank));
+  expect(o.rank >= 1, "--rank", "at least 1", o.rank);
   expect(positive(o.alpha), "--alpha", "a positive number", o.alpha);
   expect(o.dropout >= 0 && o.dropout < 1, "--dropout", "a number in [0, 1)", o.dropout);
   expect(positive(o.lora_plus), "--lora-plus", "a positive number", o.lora_plus);
   expect(o.weight_decay >= 0 && std::isfinite(o.weight_decay), "--weight-decay", "a number not below 0",
          o.weight_decay);
-  expect(o.steps >= 1, "--steps", "at least 1", double(o.steps));
-  expect(o.batch >= 1, "--batch", "at least 1", double(o.batch));
+  expect(o.steps >= 1, "--steps", "at least 1", o.steps);
+  expect(o.batch >= 1, "--batch", "at least 1", o.batch);
   if (o.base.empty()) {
-    expect(o.base_steps >= 1, "--base-steps", "at least 1", double(o.base_steps));
+    expect(o.base_steps >= 1, "--base-steps", "at least 1", o.base_steps);
     expect(positive(o.base_rate), "--base-lr", "a positive number", o.base_rate);
   }
   for (const double rate : o.sweep) expect(positive(rate), "--sweep", "positive rates", rate);

@@ -94,14 +94,14 @@ void add_resize(CLI::App& app) {
   CLI::App* sub = add_command(app, "resize", "Give an adapter another rank, with the least error", o->common);
   sub->add_option("adapter", o->adapter, "PEFT directory")->required();
   sub->add_option("-o,--output", o->output, "Directory to write")->required();
-  sub->add_option("-r,--rank", o->rank, "This rank")->check(CLI::PositiveNumber);
+  sub->add_option("-r,--rank", o->rank, "This rank")->check(positive());
   sub->add_option("--energy", o->energy, "Smallest rank with this share of the squared singular values")
-      ->check(CLI::Range(1e-9, 1.0));
+      ->check(between(1e-9, 1.0));
   sub->add_option("--cumulative", o->cumulative, "Smallest rank with this share of the singular values")
-      ->check(CLI::Range(1e-9, 1.0));
+      ->check(between(1e-9, 1.0));
   sub->add_option("--ratio", o->ratio, "Keep singular values above the largest divided by this")
-      ->check(CLI::Range(1.0, 1e30));
-  sub->add_option("--max-rank", o->max_rank, "Never more than this")->check(CLI::PositiveNumber);
+      ->check(between(1.0, 1e30));
+  sub->add_option("--max-rank", o->max_rank, "Never more than this")->check(positive());
   sub->add_flag("--dry-run", o->dry_run, "Say what would be done, write nothing");
   sub->callback([o] { run(*o); });
 }
@@ -223,10 +223,10 @@ void add_combine(CLI::App& app) {
       ->check(CLI::IsMember({"cat", "svd", "linear", "ties", "dare_ties", "dare_linear", "magnitude_prune"}));
   sub->add_option("-r,--rank", o->rank,
                   "Rank of the result (svd and the sparse methods); default: the largest of the inputs")
-      ->check(CLI::PositiveNumber);
+      ->check(positive());
   sub->add_option("--density", o->density, "Share of entries the sparse methods keep")
       ->capture_default_str()
-      ->check(CLI::Range(1e-9, 1.0));
+      ->check(between(1e-9, 1.0));
   sub->add_option("--space", o->space, "Where the sparse methods drop entries")
       ->capture_default_str()
       ->check(CLI::IsMember({"update", "factors"}));
@@ -259,6 +259,9 @@ void run(const Undo& o) {
   if (mark && trained.changed_base && !mark->weights.empty() && !trained.changed_base->weights.empty() &&
       mark->weights != trained.changed_base->weights)
     throw IoError(o.adapter, "stands on another changed base than " + o.initial);
+  if (!mark && !trained.changed_base)
+    note(o.common, "neither adapter says that its base was changed: the result is right only if it was W - s*B*A of " +
+                       o.initial);
   if (trained.config.use_dora)
     throw IoError(o.adapter, "uses DoRA: its update is not a difference of products; merge it instead");
   Json modules = Json::array();
@@ -299,7 +302,7 @@ void add_undo(CLI::App& app) {
   sub->add_option("--initial", o->initial, "PEFT directory as `init` wrote it, before training")->required();
   sub->add_option("-o,--output", o->output, "Directory to write")->required();
   sub->add_option("-r,--rank", o->rank, "Rank of the result; default: twice the rank, which is exact")
-      ->check(CLI::PositiveNumber);
+      ->check(positive());
   sub->add_option("--base-model", o->base, "Name of the original base for the configuration");
   sub->add_flag("--dry-run", o->dry_run, "Say what would be done, write nothing");
   sub->callback([o] { run(*o); });

@@ -90,7 +90,7 @@ Json checkpoints_entry(const MatrixPair& pair, const MatrixTensor* base, Index k
 }
 
 void run(const Options& o) {
-  o.scan.check();
+  o.scan.check({o.a, o.b, o.base});
   std::vector<ScanJob> jobs;
   std::vector<Skipped> skipped;
   std::vector<std::string> names;
@@ -107,13 +107,13 @@ void run(const Options& o) {
       jobs.push_back({x->name, 1, double(x->factors.A.size() + x->factors.B.size()),
                       [x = x, y = y, &o] { return adapters_entry(*x, *y, o.k); }});
   } else {
-    a.emplace(o.a);
-    b.emplace(o.b);
+    a.emplace(checkpoint_path(o.a));
+    b.emplace(checkpoint_path(o.b));
     std::vector<Skipped> same_again;  // what several hold is skipped once
     list_a = matrices_of(*a, skipped);
     list_b = matrices_of(*b, same_again);
     if (!o.base.empty()) {
-      base.emplace(o.base);
+      base.emplace(checkpoint_path(o.base));
       list_base = matrices_of(*base, same_again);
     }
     names = names_of(list_a);
@@ -157,7 +157,7 @@ void add_compare(CLI::App& app) {
   sub->add_option("a", o->a, "A checkpoint or a PEFT adapter directory")->required();
   sub->add_option("b", o->b, "Another of the same kind")->required();
   sub->add_option("--base", o->base, "Compare A - BASE with B - BASE");
-  sub->add_option("-k,--k", o->k, "Dimension of the subspaces")->capture_default_str()->check(CLI::PositiveNumber);
+  sub->add_option("-k,--k", o->k, "Dimension of the subspaces")->capture_default_str()->check(positive());
   sub->add_option("--filter", o->filter, "Only matrices whose name contains this");
   o->scan.add_to(sub);
   sub->callback([o] { run(*o); });

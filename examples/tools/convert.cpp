@@ -2,6 +2,9 @@
 // lowrank convert: an adapter between PEFT, llama.cpp's GGUF, and numpy's .npz.
 #include <filesystem>
 
+#include <algorithm>
+#include <cmath>
+
 #include "lowrank/io/gguf_adapter.hpp"
 #include "lowrank/io/npz.hpp"
 #include "models.hpp"
@@ -33,11 +36,21 @@ io::GgufAdapterOptions gguf_settings(const Options& o, const std::string& named_
   return g;  // enough unless q_proj or k_proj is adapted; the writer says so
 }
 
-void write_npz(const std::string& path, const io::PeftAdapter& adapter) {
+void write_npz(const std::string& path, const io::PeftAdapter& adapter, const std::string& dtype) {
   io::NpzWriter out(path);
+  const auto add = [&](const std::string& name, const Matrix<float>& factor) {
+    if (dtype == "f32") return out.add(name, factor);
+    Matrix<f16> narrow(factor.rows(), factor.cols());
+    for (Index i = 0; i < factor.size(); ++i) {
+      narrow.data()[i] = f16(factor.data()[i]);
+      if (!std::isfinite(float(narrow.data()[i])))
+        throw IoError(path, name, lowrank::detail::text("must be within the range of F16, got ", factor.data()[i]));
+    }
+    out.add(name, narrow);
+  };
   for (const io::AdapterModule& m : adapter.modules) {
-    out.add(m.name + ".lora_A", m.factors.A);
-    out.add(m.name + ".lora_B", m.factors.B);
+    add(m.name + ".lora_A", m.factors.A);
+    add(m.name + ".lora_B", m.factors.B);
     out.add(m.name + ".scale", std::span<const float>(&m.factors.scale, 1));
     if (!m.magnitude.empty()) out.add(m.name + ".magnitude", std::span<const float>(m.magnitude));
     if (!m.bias.empty()) out.add(m.name + ".bias", std::span<const float>(m.bias));
@@ -46,7 +59,10 @@ void write_npz(const std::string& path, const io::PeftAdapter& adapter) {
 }
 
 void run(const Options& o) {
+  if (o.to == "npz" && o.dtype == "bf16")
+    throw UsageError("--dtype bf16: numpy has no such type; --to npz takes f32 or f16");
   expect_different(o.adapter, o.output);
+  if (!o.base.empty()) expect_different(o.base, o.output);
   io::PeftAdapter adapter;
   if (o.adapter.ends_with(".gguf"))
     adapter = io::read_gguf_adapter(o.adapter, gguf_settings(o, {}));
@@ -60,6 +76,10 @@ void run(const Options& o) {
                                    changed_base_flag + " if llama.cpp gets that base too");
     adapter.changed_base.reset();
   }
+  for (const io::AdapterModule& m : adapter.modules)
+    for (const Matrix<float>* factor : {&m.factors.A, &m.factors.B})
+      if (!std::all_of(factor->data(), factor->data() + factor->size(), [](float x) { return std::isfinite(x); }))
+        throw IoError(o.adapter, m.name, "its factors must be finite, got NaN or infinity");
   std::optional<io::GgufWriter> gguf;
   if (o.to == "gguf") gguf = io::gguf_adapter(adapter, gguf_settings(o, adapter.config.base_model_name_or_path));
   if (o.to == "npz" && !adapter.saved.empty())
@@ -71,7 +91,7 @@ void run(const Options& o) {
     if (gguf) {
       gguf->write(o.output);
     } else if (o.to == "npz") {
-      write_npz(o.output, adapter);
+      write_npz(o.output, adapter, o.dtype);
     } else {
       for (io::AdapterModule& m : adapter.modules) {
         if (o.dtype != "f32") m.dtype = factor_dtype(o.dtype);
@@ -101,8 +121,8 @@ void add_convert(CLI::App& app) {
   sub->add_option("--to", o->to, "peft, gguf or npz")->required()->check(CLI::IsMember({"peft", "gguf", "npz"}));
   sub->add_option("-o,--output", o->output, "Directory (peft) or file to write")->required();
   sub->add_option("--base", o->base, "Directory with the base's config.json, for GGUF's head counts");
-  sub->add_option("--heads", o->heads, "Attention heads, instead of --base")->check(CLI::PositiveNumber);
-  sub->add_option("--kv-heads", o->kv_heads, "Key-value heads; default: as --heads")->check(CLI::PositiveNumber);
+  sub->add_option("--heads", o->heads, "Attention heads, instead of --base")->check(positive());
+  sub->add_option("--kv-heads", o->kv_heads, "Key-value heads; default: as --heads")->check(positive());
   sub->add_option("--dtype", o->dtype, "Type of the written factors")
       ->capture_default_str()
       ->check(CLI::IsMember({"f32", "f16", "bf16"}));

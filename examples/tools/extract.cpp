@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // lowrank extract: an adapter out of a full fine-tune.
+#include <algorithm>
 #include <lowrank/adapter/extract.hpp>
 #include <lowrank/init/rank_choice.hpp>
 #include <lowrank/spectrum/rounding.hpp>
@@ -58,7 +59,7 @@ void run(const Options& o) {
     throw UsageError("extract: give exactly one of --rank, --energy, --noise-floor");
   expect_different(o.base, o.output);
   expect_different(o.tuned, o.output);
-  const io::Checkpoint base(o.base), tuned(o.tuned);
+  const io::Checkpoint base(checkpoint_path(o.base)), tuned(checkpoint_path(o.tuned));
   const Modules modules(base);
   const TargetSelection chosen = o.targets.select(modules);
   std::vector<bool> selected(modules.infos.size());
@@ -170,6 +171,10 @@ void run(const Options& o) {
     const Finishing finishing;
     io::write_peft(o.output, adapter);
   }
+  const auto short_of = std::count_if(reports.begin(), reports.end(), [](const Json& r) { return !r["reached"]; });
+  if (short_of > 0)
+    note(o.common, lowrank::detail::text(short_of, " modules did not reach what was asked within rank ", o.max_rank,
+                                         "; --max-rank allows more"));
   if (elsewhere > 0)
     note(o.common,
          lowrank::detail::text(elsewhere, " tensors outside the targets differ too; the adapter does not carry that"));
@@ -197,13 +202,13 @@ void add_extract(CLI::App& app) {
   sub->add_option("base", o->base, "A .safetensors file or a Hugging Face directory")->required();
   sub->add_option("tuned", o->tuned, "The same model after fine-tuning")->required();
   sub->add_option("-o,--output", o->output, "Directory to write")->required();
-  sub->add_option("-r,--rank", o->rank, "This rank everywhere")->check(CLI::PositiveNumber);
+  sub->add_option("-r,--rank", o->rank, "This rank everywhere")->check(positive());
   sub->add_option("--energy", o->energy, "Smallest rank with this share of the squared singular values")
-      ->check(CLI::Range(1e-9, 1.0));
+      ->check(between(1e-9, 1.0));
   sub->add_flag("--noise-floor", o->noise_floor, "Every singular value above the rounding noise of the stored type");
   sub->add_option("--max-rank", o->max_rank, "Limit for --energy and --noise-floor")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+      ->check(positive());
   o->targets.add_to(sub);
   sub->add_option("--seed", o->seed, "Seed of the SVD's start")->capture_default_str();
   sub->add_option("--dtype", o->dtype, "Type of the stored factors")

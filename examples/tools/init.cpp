@@ -178,7 +178,7 @@ void run(Options& o) {
     if (needed) o.method.data = std::make_shared<ModuleData>(*file);
   }
   if (o.method.alpha == 0) o.method.alpha = double(o.method.rank);
-  const io::Checkpoint checkpoint(o.checkpoint);
+  const io::Checkpoint checkpoint(checkpoint_path(o.checkpoint));
   const Modules modules(checkpoint);
   TargetSelection chosen = o.targets.select(modules);
   check_shapes(o, modules, chosen);
@@ -371,22 +371,27 @@ void add_init(CLI::App& app) {
                              "eva", "corda", "lora_ga"}));
   sub->add_option("checkpoint", o->checkpoint, "A .safetensors file or a Hugging Face directory")->required();
   sub->add_option("-o,--output", o->output, "Directory for the adapter, and base/ below it")->required();
-  sub->add_option("-r,--rank", o->method.rank, "Rank")->capture_default_str()->check(CLI::PositiveNumber);
-  sub->add_option("--alpha", o->method.alpha, "LoRA alpha; default: the rank, so that the scale is 1")
-      ->check(CLI::PositiveNumber);
+  sub->add_option("-r,--rank", o->method.rank, "Rank")->capture_default_str()->check(positive());
+  sub->add_option("--alpha", o->method.alpha,
+                  "LoRA alpha; default: the rank (a scale of 1, with --rslora of sqrt(rank))")
+      ->check(positive());
   sub->add_flag("--rslora", o->method.rslora, "Scale alpha/sqrt(rank) instead of alpha/rank");
   sub->add_flag("--dora", o->dora, "Add DoRA's magnitudes: the row norms of the weights");
   o->targets.add_to(sub);
   sub->add_option("--bits", o->method.bits, "Bits of loftq and qpissa: NormalFloat for 2 to 4, uniform for 5 to 8")
       ->capture_default_str()
-      ->check(CLI::Range(2, 8));
+      ->check(between(2, 8));
   sub->add_option("--iters", o->method.iterations, "Iterations of loftq and qpissa")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+      ->check(positive());
   sub->add_option("--block-size", o->method.block_size, "Elements that share a scale")
       ->capture_default_str()
       ->check(CLI::Validator(check_block_size, "POWER OF TWO"));
   sub->add_flag("--double-quant", o->method.double_quantise, "Quantise the scales too");
+  sub->add_option("--scale-search", o->method.scale_search,
+                  "Smaller scales to try for each block, for the least squared error (16 suits 2 and 3 bits)")
+      ->capture_default_str()
+      ->check(between(0, 256));
   sub->add_flag("--packed", o->packed, "Keep the base as 4-bit codes, as bitsandbytes stores them");
   sub->add_option("--activations", o->activations,
                   "corda, eva: .safetensors or .npz with, for each module, its inputs as \"<module>\" (tokens x in) or "
@@ -399,13 +404,13 @@ void add_init(CLI::App& app) {
       ->check(CLI::IsMember({"instruction", "knowledge"}));
   sub->add_option("--damping", o->method.damping, "corda: added to the covariance, relative to its mean diagonal")
       ->capture_default_str()
-      ->check(CLI::NonNegativeNumber);
+      ->check(not_negative());
   sub->add_option("--gamma", o->method.gamma, "lora_ga: factors are scaled by out^(1/4)/sqrt(gamma)")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+      ->check(positive());
   sub->add_option("--rho", o->method.rho, "eva: a module may get up to this multiple of the rank; 1 keeps ranks equal")
       ->capture_default_str()
-      ->check(CLI::Range(1.0, 64.0));
+      ->check(between(1.0, 64.0));
   sub->add_flag("--whiten", o->method.whiten, "eva: divide the rows of A by the roots of their singular values");
   sub->add_flag("--no-centre{false}", o->method.centre, "eva: do not subtract the mean of the inputs");
   sub->add_option("--seed", o->seed, "Seed of all random numbers")->capture_default_str();

@@ -42,8 +42,11 @@ Outcome split(const MethodOptions& o, MatrixView<const S> W, std::uint64_t seed)
   const FactorStorage storage = factor_storage(o.dtype);
   if constexpr (std::is_same_v<S, float>) {
     if (o.method == "milora")
-      return finish(
-          milora<Base>(W, {.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .factor_storage = storage}));
+      return finish(milora<Base>(W, {.rank = o.rank,
+                                     .alpha = o.alpha,
+                                     .rank_stabilised = o.rslora,
+                                     .factor_storage = storage,
+                                     .svd = {.seed = seed}}));
     if (o.method == "olora")
       return finish(
           olora<Base>(W, {.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .factor_storage = storage}));
@@ -68,6 +71,7 @@ Outcome quantised(const MethodOptions& o, MatrixView<const float> W, io::Dtype s
   l.quantise.codebook = codebook(o.bits);
   l.quantise.block_size = o.block_size;
   l.quantise.double_quantise = o.double_quantise;
+  l.quantise.scale_search = o.scale_search;
   l.iterations = o.iterations;
   l.factor_storage = factor_storage(o.dtype);
   l.seed = seed;
@@ -270,7 +274,7 @@ Outcome initialised(const MethodOptions& o, const io::TensorView& weight, const 
     return take(
         orthogonal<float>(out, in, {.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .seed = seed}));
   const Matrix<float> W = as_float(weight, transposed);
-  return take(mica(W, {.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora}));
+  return take(mica(W, {.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .svd = {.seed = seed}}));
 }
 
 }  // namespace

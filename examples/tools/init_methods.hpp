@@ -21,6 +21,7 @@ struct MethodOptions {
   int bits = 4, iterations = 5;
   Index block_size = 64;
   bool double_quantise = false;
+  int scale_search = 0;
   /// corda and eva: --activations; lora_ga: --gradients.
   std::shared_ptr<const ModuleData> data = nullptr;
   std::string corda_mode = "instruction";

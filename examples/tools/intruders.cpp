@@ -59,8 +59,8 @@ Json pair_entry(const ModulePair& p, const IntruderOptions& o) {
 }
 
 void run(const Options& o) {
-  o.scan.check();
-  const io::Checkpoint base(o.base);
+  o.scan.check({o.base, o.tuned});
+  const io::Checkpoint base(checkpoint_path(o.base));
   std::vector<Skipped> skipped;
   const auto list = matrices_of(base, skipped);
   std::vector<ScanJob> jobs;
@@ -82,7 +82,7 @@ void run(const Options& o) {
                       }});
     }
   } else {
-    tuned.emplace(o.tuned);
+    tuned.emplace(checkpoint_path(o.tuned));
     std::vector<Skipped> same_again;  // what both hold is skipped once
     tuned_list = matrices_of(*tuned, same_again);
     names = names_of(list);
@@ -119,10 +119,10 @@ void add_intruders(CLI::App& app) {
   sub->add_option("tuned", o->tuned, "The tuned checkpoint, or a PEFT adapter directory")->required();
   sub->add_option("-k,--k", o->intruders.k, "Leading left singular vectors that are judged")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+      ->check(positive());
   sub->add_option("--epsilon", o->intruders.epsilon, "|cos| below this with every vector of the base makes an intruder")
       ->capture_default_str()
-      ->check(CLI::Range(1e-9, 1.0));
+      ->check(between(1e-9, 1.0));
   sub->add_option("--filter", o->filter, "Only matrices whose name contains this");
   o->scan.add_to(sub);
   sub->callback([o] { run(*o); });

@@ -189,7 +189,7 @@ std::vector<std::byte> merged_bias(const io::TensorView& t, const io::AdapterMod
 void run(const Options& o) {
   expect_different(o.base, o.output);
   expect_different(o.adapter, o.output);
-  const io::Checkpoint base(o.base);
+  const io::Checkpoint base(checkpoint_path(o.base));
   const io::PeftAdapter adapter = io::read_peft(o.adapter);
   BaseCheck check(o, adapter, base);
   const Modules modules(base, true);
@@ -346,7 +346,7 @@ void add_merge(CLI::App& app) {
   sub->add_option("--min-correlation", o->min_correlation,
                   "Refuse when a module's effective update correlates less than this with the intended one")
       ->capture_default_str()
-      ->check(CLI::Range(-1.0, 1.0));
+      ->check(between(-1.0, 1.0));
   sub->add_flag("--allow-lossy", o->allow_lossy, "Merge whatever is lost");
   sub->add_flag(changed_base_flag, o->changed_base,
                 "BASE is the base that was changed with the adapter (PiSSA, LoftQ, ...), whatever the marks say");

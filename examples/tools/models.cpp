@@ -128,6 +128,19 @@ std::vector<std::size_t> match_adapter(const std::string& path, const io::PeftAd
 void expect_different(const std::string& input, const std::string& output) {
   std::error_code failed;
   if (fs::equivalent(input, output, failed) && !failed) throw IoError(output, "is both input and output");
+  // A file to be written must not be one of those an input directory is made of.
+  if (!fs::is_directory(input, failed) || !fs::is_regular_file(output, failed)) return;
+  for (const auto& entry : fs::directory_iterator(input, failed))
+    if (std::error_code ignored; fs::equivalent(entry.path(), output, ignored) && !ignored)
+      throw IoError(output, "is a file of the input " + input + " and would be overwritten");
+}
+
+const std::string& checkpoint_path(const std::string& path) {
+  std::error_code ignored;
+  const auto has = [&](const char* name) { return fs::exists(fs::path(path) / name, ignored); };
+  if (has("adapter_config.json") && !has("model.safetensors") && !has("model.safetensors.index.json"))
+    throw IoError(path, "is an adapter, expected a checkpoint");
+  return path;
 }
 
 std::string absolute_path(const std::string& path) {

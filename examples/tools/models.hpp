@@ -90,7 +90,11 @@ void round_factors(LoraFactors<float>& f, io::Dtype dtype);
 std::vector<std::size_t> match_adapter(const std::string& path, const io::PeftAdapter& adapter, const Modules& modules,
                                        std::string& summary);
 
-/// Throws IoError when two paths are the same place, whatever they are spelt.
+/// The path of a checkpoint as it is; throws IoError when it is an adapter's directory.
+const std::string& checkpoint_path(const std::string& path);
+
+/// Throws IoError when two paths are the same place, whatever they are spelt, or the output is a file of the input's
+/// directory.
 void expect_different(const std::string& input, const std::string& output);
 
 /// An existing path as it can be found from anywhere.

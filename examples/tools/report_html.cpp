@@ -337,6 +337,7 @@ void run(const Options& o) {
     if (reports.front().at("command") != reports.back().at("command"))
       throw IoError(path, "is the report of another command than the first");
   }
+  for (const std::string& input : o.inputs) expect_different(input, o.output);
   throw_if_interrupted();
   const Finishing finishing;
   Pictures pictures;

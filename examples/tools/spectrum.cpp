@@ -52,13 +52,13 @@ double cost(Index m, Index n, const SpectrumOptions& o) {
 }
 
 void run(const Options& o) {
-  o.scan.check();
+  o.scan.check({o.checkpoint, o.base, o.adapter});
   if (!o.base.empty() && !o.adapter.empty()) throw UsageError("--base and --adapter do not go together");
   if (o.base.empty() && o.adapter.empty()) {
     if (o.spectrum.side_by_side) throw UsageError("--side-by-side needs --base or --adapter");
     if (o.spectrum.alignment > 0) throw UsageError("--alignment needs --base or --adapter");
   }
-  const io::Checkpoint checkpoint(o.checkpoint);
+  const io::Checkpoint checkpoint(checkpoint_path(o.checkpoint));
   std::vector<Skipped> skipped;
   const auto all = matrices_of(checkpoint, skipped);
   std::vector<std::string> names = names_of(all);
@@ -67,7 +67,7 @@ void run(const Options& o) {
   std::vector<MatrixTensor> base_list;
   std::optional<io::PeftAdapter> adapter;
   if (!o.base.empty()) {
-    base.emplace(o.base);
+    base.emplace(checkpoint_path(o.base));
     std::vector<Skipped> same_again;  // what both hold is skipped once
     base_list = matrices_of(*base, same_again);
     for (const MatrixPair& p : pairs_of(all, base_list, "the base", o.filter, skipped))
@@ -117,7 +117,7 @@ void add_spectrum(CLI::App& app) {
   sub->add_option("--adapter", o->adapter, "Analyse the updates of this PEFT adapter, which fits CHECKPOINT");
   sub->add_option("--top", o->spectrum.top,
                   "Only the largest K singular values; metrics then have bounds instead of values")
-      ->check(CLI::PositiveNumber);
+      ->check(positive());
   sub->add_option("--filter", o->filter, "Only matrices whose name contains this");
   sub->add_flag("--values", o->spectrum.values, "Write all singular values too");
   sub->add_flag("--side-by-side", o->spectrum.side_by_side,
@@ -126,7 +126,7 @@ void add_spectrum(CLI::App& app) {
          "--alignment", o->spectrum.alignment,
          "With --base or --adapter: amplification factor, and the update's energy along the weight's leading K "
          "directions")
-      ->check(CLI::PositiveNumber);
+      ->check(positive());
   o->scan.add_to(sub);
   sub->callback([o] { run(*o); });
 }

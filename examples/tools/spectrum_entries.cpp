@@ -105,14 +105,16 @@ void add_values(Json& j, const std::vector<double>& values, const SpectrumOption
 }
 
 /// From the largest o.top singular values.
+/// `formed`: by how much singular values may be off because W was formed in S from what is analysed (Weyl).
 template <class S>
-void analyse_leading(Json& j, MatrixView<const S> W, const SpectrumOptions& o) {
+void analyse_leading(Json& j, MatrixView<const S> W, const SpectrumOptions& o, double formed) {
   const Index m = W.rows(), n = W.cols();
   const auto op = dense_operator<S, S>(W);
   std::vector<double> values(std::size_t(o.top), 0.0);
   j["method"] = "truncated";
   if (op.frobenius_norm_squared() > 0) {
-    const auto t = truncated_svd<S>(op, o.top, {.energy_tolerance = 0, .residual_tolerance = 1e-4});
+    auto t = truncated_svd<S>(op, o.top, {.energy_tolerance = 0, .residual_tolerance = 1e-4});
+    t.rounding += formed;
     values.assign(t.S.begin(), t.S.end());
     add_metrics(j, nullptr, spectrum_bounds(t), m, n);
     j["converged"] = t.converged;
@@ -129,10 +131,15 @@ void analyse_leading(Json& j, MatrixView<const S> W, const SpectrumOptions& o) {
 
 /// Everything about a dense matrix, from all its singular values or from the largest o.top of them.
 template <class S>
-void analyse(Json& j, MatrixView<const S> W, const SpectrumOptions& o) {
+void analyse(Json& j, MatrixView<const S> W, const SpectrumOptions& o, double formed = 0) {
   const Index m = W.rows(), n = W.cols();
-  if (o.top > 0 && o.top < std::min(m, n)) return analyse_leading(j, W, o);
-  const auto sv = singular_values(W);
+  if (o.top > 0 && o.top < std::min(m, n)) return analyse_leading(j, W, o, formed);
+  auto sv = singular_values(W);
+  if (formed > 0) {
+    sv.absolute_error += formed;
+    // |σ̂² − σ²| ≤ |σ̂ − σ|·(2σ₁ + |σ̂ − σ|).
+    sv.squared_error += sv.values.empty() ? 0 : formed * (2 * sv.values[0] + formed);
+  }
   const auto metrics = spectrum_metrics(sv.values, m, n);
   add_metrics(j, &metrics, spectrum_bounds(sv, m, n), m, n);
   j["method"] = method_name(sv.method);
@@ -145,19 +152,20 @@ void analyse(Json& j, MatrixView<const S> W, const SpectrumOptions& o) {
                         {"above_edge", e.above_edge},
                         {"optimal_rank", e.optimal_rank}};
     const auto fit = fit_power_law(sv.values, {.max_candidates = 256});
-    j["power_law"] = {{"alpha", fit.alpha},     {"alpha_error", fit.alpha_error},
-                      {"x_min", fit.x_min},     {"ks_distance", fit.ks_distance},
-                      {"tail", fit.tail_count}, {"weighted_alpha", finite(fit.weighted_alpha)}};
+    if (fit.tail_count > 0)  // else there is no tail to fit: too few values, or all equal
+      j["power_law"] = {{"alpha", fit.alpha},     {"alpha_error", fit.alpha_error},
+                        {"x_min", fit.x_min},     {"ks_distance", fit.ks_distance},
+                        {"tail", fit.tail_count}, {"weighted_alpha", finite(fit.weighted_alpha)}};
   }
   add_values(j, sv.values, o);
 }
 
 /// "base" and "tuned": the spectra of the weight without and with the update.
 template <class T>
-void add_sides(Json& j, MatrixView<const T> base, MatrixView<const T> tuned, SpectrumOptions o) {
+void add_sides(Json& j, MatrixView<const T> base, MatrixView<const T> tuned, SpectrumOptions o, double formed = 0) {
   o.values = false;
   analyse<T>(j["base"], base, o);
-  analyse<T>(j["tuned"], tuned, o);
+  analyse<T>(j["tuned"], tuned, o, formed);
 }
 
 /// "alignment": where the update points, seen from the weight. Each share stands beside that of a random update.
@@ -228,8 +236,13 @@ Json difference_of(const MatrixTensor& tuned, const MatrixTensor& base, const Sp
   // the two squares.
   const RoundingNoise own = rounding_of<T>(tuned, W.view()), other = rounding_of<T>(base, W0.view());
   const double std = std::hypot(own.std, other.std), edge = std::hypot(own.edge, other.edge);
-  for (Index i = 0; i < W.size(); ++i) W.data()[i] -= W0.data()[i];
-  analyse<T>(j, W.view(), o);
+  double lost = 0;  // to the rounding of the difference, squared
+  for (Index i = 0; i < W.size(); ++i) {
+    const double exact = double(W.data()[i]) - double(W0.data()[i]);
+    W.data()[i] = T(exact);
+    lost += (exact - double(W.data()[i])) * (exact - double(W.data()[i]));
+  }
+  analyse<T>(j, W.view(), o, std::sqrt(lost));
   const Json &top = j["metrics"]["spectral_norm"], &most = j["bounds"]["spectral_norm"][1];
   j["verdict"] = verdict((top.is_number() ? top : most).get<double>(), edge);
   if (tuned.is_16_bit() || base.is_16_bit())
@@ -242,6 +255,11 @@ Json difference_of(const MatrixTensor& tuned, const MatrixTensor& base, const Sp
     add_alignment<T>(j, W0.view(), std::move(static_cast<Svd<T>&>(delta)), captured, o);
   }
   return j;
+}
+
+template <class T>
+double norm_of(const Matrix<T>& M) {
+  return lowrank::detail::norm2(M.size(), M.data());
 }
 
 /// What needs the weight: the update's size beside it, the spectra of both, where the update points.
@@ -257,7 +275,10 @@ void add_weight(Json& j, const ModulePair& pair, const SpectrumOptions& o) {
   if (o.side_by_side) {
     Matrix<T> tuned(W);
     gemm(f.scale, f.B.view(), f.A.view(), tuned.view(), Update::accumulate);
-    add_sides<T>(j, W, tuned.view(), o);
+    // r products and the sum, each element's roundings relative to the parts.
+    const double eps = double(std::numeric_limits<T>::epsilon()), r = double(f.rank());
+    const double parts = std::abs(double(f.scale)) * norm_of(f.B) * norm_of(f.A);
+    add_sides<T>(j, W, tuned.view(), o, eps * ((r + 2) * parts + norm_of(tuned)));
   }
   if (o.alignment > 0) add_alignment<T>(j, W, svd(f), 1, o);
 }
@@ -267,7 +288,6 @@ void add_weight(Json& j, const ModulePair& pair, const SpectrumOptions& o) {
 Json weight_entry(const MatrixTensor& w, const SpectrumOptions& o) {
   Json j = entry(w.name, w.rows, w.cols, "weight");
   j["dtype"] = w.stored_as();
-  w.tensor.populate();
   with_precision(w.is_double(), [&]<class T>(T) {
     const Matrix<T> W = values_of<T>(w);
     say_storage(j, {{"scale", &w}});

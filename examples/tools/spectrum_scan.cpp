@@ -14,6 +14,7 @@
 #include <fstream>
 #include <map>
 #include <optional>
+#include <set>
 
 #include "interrupt.hpp"
 #include "lowrank/core/threads.hpp"
@@ -121,14 +122,21 @@ void ScanOptions::add_to(CLI::App* sub) {
   sub->add_flag("--svg", svg, "Write the pictures as SVG files");
   sub->add_flag("--png", png, "Write the pictures as PNG files");
   sub->add_flag("--fresh", fresh, "Do not resume from a journal");
-  sub->add_option("-j,--jobs", in_flight, "Matrices in flight; default: the number of threads")
-      ->check(CLI::NonNegativeNumber);
+  sub->add_option("-j,--jobs", in_flight, "Matrices in flight; default: the number of threads")->check(not_negative());
   sub->add_flag("-q,--quiet", common.quiet, "No progress, no notes");
 }
 
-void ScanOptions::check() const {
+void ScanOptions::check(const std::vector<std::string>& inputs) const {
   if ((json == "-") + (csv == "-") + (html == "-") > 1)
     throw UsageError("only one of --json, --csv and --html can go to stdout");
+  std::set<std::string> places;
+  for (const std::string& out : {json, csv, html}) {
+    if (out.empty() || out == "-") continue;
+    if (!places.insert(absolute_path(out)).second)
+      throw UsageError("two of --json, --csv and --html would be written to " + out);
+    for (const std::string& input : inputs)
+      if (!input.empty()) expect_different(input, out);
+  }
 }
 
 std::string fingerprint(const std::vector<std::string>& paths, const std::string& options) {

@@ -19,8 +19,8 @@ struct ScanOptions {
 
   /// --json [OUT], --csv, --html, --svg, --png, --fresh, --jobs, -q.
   void add_to(CLI::App* sub);
-  /// Throws UsageError when two reports go to stdout.
-  void check() const;
+  /// Throws UsageError when two reports go to one place, IoError when one would overwrite a file of an input.
+  void check(const std::vector<std::string>& inputs) const;
   [[nodiscard]] bool uses_stdout() const { return json == "-" || csv == "-" || html == "-"; }
 };
 

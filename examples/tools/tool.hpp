@@ -39,6 +39,11 @@ struct Common {
 /// Adds a subcommand with --json and --quiet.
 CLI::App* add_command(CLI::App& app, const std::string& name, const std::string& description, Common& common);
 
+/// Checks of an option's number, NaN and what no integer holds refused: above 0; 0 or more; from `low` to `high`.
+CLI::Validator positive();
+CLI::Validator not_negative();
+CLI::Validator between(double low, double high);
+
 /// Makes a subcommand known to main(). `order` is its place in the help.
 class Registration {
  public:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 
-from support import np, run, tiny_adapter, tiny_llama, write_safetensors
+from support import np, read_safetensors, run, tiny_adapter, tiny_llama, write_safetensors
 
 program = sys.argv[1]
 count = 0
@@ -196,6 +196,39 @@ with tempfile.TemporaryDirectory() as d:
     fails("both input and output", "resize", d + "/adapter", "-o", d + "/adapter", "--rank", 2)
     fails("both input and output", "merge", d + "/base/model.safetensors", d + "/adapter", "-o", d + "/base/model.safetensors")
     fails("both input and output", "merge", d + "/base/model.safetensors", d + "/adapter", "-o", d + "/base")
+
+    # nor a file of the inputs, nor two reports in one place, nor an adapter where weights are expected
+    factors_file, weights_file = d + "/adapter/adapter_model.safetensors", d + "/base/model.safetensors"
+    factor_bytes = open(factors_file, "rb").read()
+    for option in ("--json", "--csv", "--html"):
+        fails("of the input", "spectrum", d + "/base", option, weights_file)
+        fails("of the input", "spectrum", d + "/base", "--adapter", d + "/adapter", option, factors_file)
+        fails("of the input", "intruders", d + "/base", d + "/adapter", option, factors_file)
+        fails("of the input", "compare", d + "/adapter", d + "/adapter", option, factors_file)
+        run(program, "spectrum", d + "/base", option, d + "/report", "--csv" if option != "--csv" else "--json", d + "/../" + os.path.basename(d) + "/report", code=2)
+    fails("of the input", "convert", d + "/adapter", "--to", "npz", "-o", factors_file)
+    fails("of the input", "convert", d + "/adapter", "--to", "gguf", "--base", d + "/base", "-o", d + "/base/config.json")
+    fails("of the input", "merge", d + "/base", d + "/adapter", "-o", factors_file)
+    for args in (("init", "pissa", d + "/adapter", "-o", d + "/out", "--rank", 2), ("spectrum", d + "/adapter"),
+                 ("extract", d + "/adapter", d + "/base", "-o", d + "/out", "--rank", 2), ("merge", d + "/adapter", d + "/adapter", "-o", d + "/out")):
+        fails("is an adapter, expected a checkpoint", *args)
+    assert open(factors_file, "rb").read() == factor_bytes and not os.path.exists(d + "/report")
+
+    # values that the written type does not hold
+    name = next(n for n in read_safetensors(factors_file) if n.endswith("q_proj.lora_B.weight"))
+    for value, part in ((1e6, "F16"), (float("nan"), "finite")):
+        shutil.copytree(d + "/adapter", d + "/values", dirs_exist_ok=True)
+        tensors = read_safetensors(factors_file)
+        tensors[name] = tensors[name].copy()
+        tensors[name][0, 0] = value
+        write_safetensors(d + "/values/adapter_model.safetensors", tensors)
+        fails(part, "convert", d + "/values", "--to", "gguf", "--dtype", "f16", "--base", d + "/base", "-o", d + "/values.gguf")
+        fails(part if value != value else "range", "convert", d + "/values", "--to", "npz", "--dtype", "f16", "-o", d + "/values.npz")
+    run(program, "convert", d + "/adapter", "--to", "npz", "--dtype", "bf16", "-o", d + "/values.npz", code=2)
+    run(program, "convert", d + "/adapter", "--to", "npz", "--dtype", "f16", "-o", d + "/values.npz")
+    assert all(np.load(d + "/values.npz")[n].dtype == np.float16 for n in np.load(d + "/values.npz") if "lora_" in n)
+    for option, value in (("--rank", "nan"), ("--rank", "0"), ("--rank", "9" * 23), ("--alpha", "inf"), ("--alpha", "nan")):
+        run(program, "init", "kaiming", d + "/base", "-o", d + "/out", option, value, code=2)
 
     # the disk is full: what was there before stays as it was, and no temporary file remains
     run(program, "merge", d + "/base", d + "/adapter", "-o", d + "/full")

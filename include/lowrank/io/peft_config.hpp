@@ -65,10 +65,11 @@ inline Json integral_or_double(double x) {
 
 /// Reads the text of an adapter_config.json.
 ///
-/// Absent and null keys get PEFT's defaults; unknown keys are listed, not refused, as PEFT does.
+/// Absent and null keys get PEFT's defaults (r and lora_alpha must not be null); unknown keys are listed, not refused,
+/// as PEFT does.
 /// **Throws** IoError naming `path` and the key: not a LoRA adapter, a value of the wrong type or out of range, and
 /// settings that change what the adapter computes and are not supported (target_parameters, layer_replication,
-/// activated LoRA, trainable_token_indices).
+/// activated LoRA, trainable_token_indices, use_qalora, arrow_config).
 inline PeftConfig parse_peft_config(const std::string& path, std::string_view text) {
   const Json json = detail::parse_json(path, text);
   if (!json.is_object()) throw IoError(path, "must hold a JSON object");
@@ -85,6 +86,8 @@ inline PeftConfig parse_peft_config(const std::string& path, std::string_view te
   constexpr std::int64_t limit = 1 << 30;
   PeftConfig c;
   c.r = in.integer("r", c.r, 1, limit);
+  for (const char* key : {"r", "lora_alpha"})  // where PEFT has no default for null
+    if (json.contains(key) && json.at(key).is_null()) throw IoError(path, key, "must be a number, got null");
   c.lora_alpha = in.number("lora_alpha", c.lora_alpha);
   c.lora_dropout = in.number("lora_dropout", c.lora_dropout);
   if (!std::isfinite(c.lora_alpha)) throw IoError(path, "lora_alpha", "must be finite");

@@ -43,7 +43,8 @@ struct DoraWorkspace {
 /// Parameters "lora_A" r×in, "lora_B" out×r, "lora_magnitude_vector" 1×out. m starts as the row norms of W + s·B·A, so
 /// that the layer starts as LoraLinear would. Row norms come from ‖w_i‖² + 2s·(W·Aᵀ)_i·B_i + s²·B_i·(A·Aᵀ)·B_iᵀ: the
 /// dense W + s·B·A is never formed.
-/// **Cost** LoraLinear's plus 2·out·in·r flops for the norms and two passes over tokens×out. **Throws** as LoraLinear.
+/// **Cost** LoraLinear's plus 2·out·in·r flops for the norms and two passes over tokens×out. **Throws** as LoraLinear;
+/// ArgumentError for `train_bias`, ShapeError for a magnitude of another length.
 /// **Source** Liu et al., "DoRA", arXiv 2402.09353, eq. 5 and §4.3 (the norm as a constant).
 template <Real T, class Base = DenseBase<T>>
 requires FrozenBase<Base, T> && RowReadable<Base, T>

@@ -51,6 +51,7 @@ Index resized_rank(std::span<const T> S, const ResizeOptions& o) {
       r = std::min<Index>(all, Index(o.value));
       break;
     case ResizeRule::energy:
+      if (!(o.value > 0 && o.value <= 1)) fail("the energy fraction must lie in (0, 1]", o.value);
       r = rank_for_energy(S, o.value).rank;
       break;
     case ResizeRule::cumulative: {

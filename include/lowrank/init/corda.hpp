@@ -33,6 +33,10 @@ class ActivationCovariance {
       throw ArgumentError(detail::text("ActivationCovariance::from_mean: tokens must be positive, got ", tokens));
     detail::expect_covariance("ActivationCovariance::from_mean", C);
     ActivationCovariance result(C.rows());
+    for (Index i = 0; i < C.rows(); ++i)  // the diagonal holds the largest
+      if (!(double(tokens) * double(C(i, i)) < double(std::numeric_limits<T>::max())))
+        throw ArgumentError(detail::text("ActivationCovariance::from_mean: tokens times C must stay in range, got ",
+                                         tokens, " times ", double(C(i, i)), " at (", i, ", ", i, ")"));
     for (Index i = 0; i < C.rows(); ++i)
       for (Index j = 0; j < C.rows(); ++j) result.sum_(i, j) = T(double(tokens) * double(C(i, j)));
     result.tokens_ = tokens;
@@ -180,8 +184,8 @@ void corda_factors(MatrixView<const S> W, CordaTriplets<T>&& d, double scale, Lo
 /// **Shapes** W out×in in any order and storage, the covariance in×in; base out×in stored as `Base`. **Scale** s = α/r
 /// or α/√r.
 /// **Throws** ShapeError: the covariance is of another layer; ArgumentError: rank, α, damping, no activations, svd
-/// options; NonFiniteError. **Cost** instruction: a truncated SVD of an operator of 2·(out·in + in²) flops a vector;
-/// knowledge: W·C formed, 2·out·in² flops, and minor_svd of it.
+/// options, factors outside the range of their storage type; NonFiniteError. **Cost** instruction: a truncated SVD of
+/// an operator of 2·(out·in + in²) flops a vector; knowledge: W·C formed, 2·out·in² flops, and minor_svd of it.
 /// **Numerics** base + s·B·A = W to rounding. Where σ_i of W·C vanishes the pair (B, A) is zero, and `notes` says so.
 /// PEFT doubles the damping until its inverse is accurate; here nothing depends on an inverse and the damping stays as
 /// given. `captured_energy` and `total_energy` are those of W·C.

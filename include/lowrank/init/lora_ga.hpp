@@ -26,8 +26,9 @@ struct LoraGaOptions {
 /// The first step then changes s·B·A along the best rank-2r approximation of G that two factors can give.
 /// **Shapes** W out×in and G = ∂L/∂W out×in, any order, storages of one arithmetic type; base out×in stored as `Base`.
 /// **Scale** s = α/r or α/√r; c does not depend on the size of G, only on its directions.
-/// **Throws** ArgumentError: 2·rank above min(out, in), α, γ, svd options, a zero gradient; ShapeError: G's shape is
-/// not W's; NonFiniteError. **Cost** a truncated SVD of G of rank 2r, and 2·out·in·r flops for the base.
+/// **Throws** ArgumentError: 2·rank above min(out, in), α, γ, svd options, a zero gradient, factors outside the
+/// range of their storage type; ShapeError: G's shape is not W's; NonFiniteError. **Cost** a truncated SVD of G of rank
+/// 2r, and 2·out·in·r flops for the base.
 /// **Numerics** base + s·B·A = W to rounding. `captured_energy` and `total_energy` are those of G at rank 2r.
 /// **Source** Wang, Yu and Li, "LoRA-GA", arXiv 2407.05000, Algorithm 1 (there d_out^¼/√γ, our c).
 template <class Base = void, MatrixLike X, MatrixLike Y>

@@ -21,7 +21,8 @@ struct MiloraOptions {
 
 /// MiLoRA: with U, S, V the r smallest singular triplets of W, B = U·√(S/s), A = √(S/s)·Vᵀ and base = W − s·B·A.
 ///
-/// **Shapes**, **Scale** as pissa. **Throws** ArgumentError: rank, α; NonFiniteError. **Cost** see minor_svd;
+/// **Shapes**, **Scale** as pissa. **Throws** ArgumentError: rank, α, factors outside the range
+/// of their storage type; NonFiniteError. **Cost** see minor_svd;
 /// `report.notes` says when a full SVD was needed. **Numerics** base + s·B·A = W to rounding of the base's type. Where
 /// W is singular the factors start at zero and `notes` says so.
 /// **Source** Wang et al., "MiLoRA", arXiv 2406.09044, §3.

@@ -24,8 +24,8 @@ struct OloraOptions {
 /// arithmetic).
 /// **Scale** s = α/r or α/√r. As in the paper's code the factors carry no 1/s: the base gives up s·B·A, which is more
 /// or less than the projection B·A of W unless s = 1.
-/// **Throws** ArgumentError: rank, α; NonFiniteError: NaN or infinity in W. **Cost** 4·out·in·r flops, two passes over
-/// W.
+/// **Throws** ArgumentError: rank, α, factors outside the range of their storage type; NonFiniteError: NaN or infinity
+/// in W. **Cost** 4·out·in·r flops, two passes over W.
 /// **Numerics** signs of the columns of Q are those of Householder's method; B·A does not depend on them. When the
 /// first r columns of W are dependent, the columns of B that W does not determine are some orthonormal completion.
 /// **Source** Büyükakyüz, "OLoRA", arXiv 2406.01775, Algorithm 1.

@@ -176,8 +176,8 @@ void check_merge_shapes(const char* where, const LoraFactors<T>& f, Index rows, 
 /// Merges an adapter into a quantised weight: dequantise, add s·B·A, quantise with the same options.
 ///
 /// **Shapes** factors of the base's shape. **Throws** ShapeError; NonFiniteError when the sum is not finite;
-/// MergeRefused, with the report, when intended and effective ΔW correlate less than `min_correlation` and
-/// `allow_lossy` is not set.
+/// ArgumentError for a `min_correlation` outside [−1, 1]; MergeRefused, with the report, when intended and effective ΔW
+/// correlate less than `min_correlation` and `allow_lossy` is not set.
 /// **Cost** 2·out·in·r flops, some passes over the dense weight, which is formed once; a refusal costs a pass a storage
 /// tried.
 /// **Numerics** effective ΔW = dequantised after − dequantised before; in 4 bits the steps between levels are often
@@ -208,8 +208,8 @@ RequantisedMerge<T> requantise_merge(const QuantizedMatrix<T>& base, const LoraF
 
 /// What merging an adapter into a weight stored as S (bf16, f16, float, double) would do to it. Changes nothing.
 ///
-/// **Shapes** W out×in in any order, factors of its shape. **Throws** ShapeError. **Cost** 2·out·in·r flops and a pass
-/// over W.
+/// **Shapes** W out×in in any order, factors of its shape. **Throws** ShapeError; ArgumentError for a
+/// `min_correlation` outside [−1, 1]. **Cost** 2·out·in·r flops and a pass over W.
 /// **Numerics** effective ΔW = S(w + δ) − w with the sum in T.
 template <Real T, MatrixLike W>
 MergeReport merge_report(W&& weight, const LoraFactors<T>& f, const RequantiseOptions& options = {}) {
@@ -228,7 +228,7 @@ MergeReport merge_report(W&& weight, const LoraFactors<T>& f, const RequantiseOp
 
 /// W ← S(W + s·B·A) in W's own storage, unless that would lose the update.
 ///
-/// **Shapes**, **Cost** as merge_report. **Throws** ShapeError; NonFiniteError when a sum leaves S's range;
+/// **Shapes**, **Cost** as merge_report. **Throws** as merge_report; NonFiniteError when a sum leaves S's range;
 /// MergeRefused below `min_correlation` without `allow_lossy`. W is unchanged after a throw.
 template <Real T, MatrixLike W>
 MergeReport checked_merge(W&& weight, const LoraFactors<T>& f, const RequantiseOptions& options = {}) {

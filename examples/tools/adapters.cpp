@@ -59,7 +59,8 @@ void run(const Resize& o) {
   const int rules = (o.rank > 0) + (o.energy > 0) + (o.cumulative > 0) + (o.ratio > 0);
   if (rules != 1) throw UsageError("resize: give exactly one of --rank, --energy, --cumulative, --ratio");
   expect_different(o.adapter, o.output);
-  io::PeftAdapter adapter = io::read_peft(o.adapter);
+  io::PeftAdapter adapter = read_adapter(o.adapter);
+  note_dora(o.common, o.adapter, adapter);
   ResizeOptions options;
   options.rule = o.rank > 0     ? ResizeRule::rank
                  : o.energy > 0 ? ResizeRule::energy
@@ -151,7 +152,7 @@ void run(const Combine& o) {
   std::map<std::string, std::vector<std::size_t>> users;  // module → adapters that have it
   for (const std::string& path : o.adapters) {
     expect_different(path, o.output);
-    inputs.push_back(io::read_peft(path));
+    inputs.push_back(read_adapter(path));
     const io::PeftAdapter& a = inputs.back();
     if (a.config.use_dora) throw IoError(path, "uses DoRA: its magnitudes cannot be added; merge it instead");
     if (!a.saved.empty())
@@ -250,8 +251,8 @@ struct Undo {
 void run(const Undo& o) {
   expect_different(o.adapter, o.output);
   expect_different(o.initial, o.output);
-  io::PeftAdapter trained = io::read_peft(o.adapter);
-  const io::PeftAdapter initial = io::read_peft(o.initial);
+  io::PeftAdapter trained = read_adapter(o.adapter);
+  const io::PeftAdapter initial = read_adapter(o.initial);
   const std::optional<io::ChangedBase>& mark = initial.changed_base;
   if (mark && mark->kind == "quantized")
     throw IoError(o.initial,

@@ -5,6 +5,7 @@
 #include <lowrank/spectrum/subspace.hpp>
 
 #include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <optional>
 
@@ -102,6 +103,8 @@ void run(const Options& o) {
     if (!o.base.empty()) throw UsageError("compare: adapters are updates already, --base is for checkpoints");
     adapter_a.emplace(io::read_peft(o.a));
     adapter_b.emplace(io::read_peft(o.b));
+    note_dora(o.scan.common, o.a, *adapter_a);
+    note_dora(o.scan.common, o.b, *adapter_b);
     names = names_of(adapter_a->modules);
     for (const auto& [x, y] : pairs_of(*adapter_a, *adapter_b, "B", o.filter, skipped))
       jobs.push_back({x->name, 1, double(x->factors.A.size() + x->factors.B.size()),
@@ -133,13 +136,20 @@ void run(const Options& o) {
   std::string table = "difference  φ left  noise  φ right  noise  matrix\n";
   char line[96];
   for (const Json& j : result.matrices) {
-    const auto at = [&](const char* side, const char* key) {
-      return j.contains(side) ? j[side][key].get<double>() : NAN;
+    const auto cell = [&](const char* format, const Json& x) {
+      if (x.is_number())
+        std::snprintf(line, sizeof line, format, x.get<double>());
+      else  // of an update that is zero
+        std::snprintf(line, sizeof line, "%*s", int(std::strtol(format + 1, nullptr, 10)), "-");
+      table += line;
     };
-    std::snprintf(line, sizeof line, "%10.4g %7.4f %6.4f %8.4f %6.4f  ",
-                  j["relative_difference"].is_number() ? j["relative_difference"].get<double>() : NAN,
-                  at("left", "phi"), at("left", "noise_phi"), at("right", "phi"), at("right", "noise_phi"));
-    table += line + j["name"].get<std::string>() + "\n";
+    const auto at = [&](const char* side, const char* key) { return j.contains(side) ? j[side][key] : Json(nullptr); };
+    cell("%10.4g", j["relative_difference"]);
+    cell("%8.4f", at("left", "phi"));
+    cell("%7.4f", at("left", "noise_phi"));
+    cell("%9.4f", at("right", "phi"));
+    cell("%7.4f", at("right", "noise_phi"));
+    table += "  " + j["name"].get<std::string>() + "\n";
   }
   finish_scan(o.scan, std::move(result),
               {{"command", "compare"},

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // lowrank convert: an adapter between PEFT, llama.cpp's GGUF, and numpy's .npz.
-#include <filesystem>
-
-#include <algorithm>
 #include <cmath>
+#include <filesystem>
 
 #include "lowrank/io/gguf_adapter.hpp"
 #include "lowrank/io/npz.hpp"
@@ -76,10 +74,7 @@ void run(const Options& o) {
                                    changed_base_flag + " if llama.cpp gets that base too");
     adapter.changed_base.reset();
   }
-  for (const io::AdapterModule& m : adapter.modules)
-    for (const Matrix<float>* factor : {&m.factors.A, &m.factors.B})
-      if (!std::all_of(factor->data(), factor->data() + factor->size(), [](float x) { return std::isfinite(x); }))
-        throw IoError(o.adapter, m.name, "its factors must be finite, got NaN or infinity");
+  expect_finite_factors(o.adapter, adapter);
   std::optional<io::GgufWriter> gguf;
   if (o.to == "gguf") gguf = io::gguf_adapter(adapter, gguf_settings(o, adapter.config.base_model_name_or_path));
   if (o.to == "npz" && !adapter.saved.empty())

@@ -190,7 +190,7 @@ void run(const Options& o) {
   expect_different(o.base, o.output);
   expect_different(o.adapter, o.output);
   const io::Checkpoint base(checkpoint_path(o.base));
-  const io::PeftAdapter adapter = io::read_peft(o.adapter);
+  const io::PeftAdapter adapter = read_adapter(o.adapter);
   BaseCheck check(o, adapter, base);
   const Modules modules(base, true);
   std::string summary;

@@ -2,7 +2,9 @@
 // Modules, targets and adapters of checkpoints.
 #include "models.hpp"
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <filesystem>
 #include <set>
 
@@ -133,6 +135,27 @@ void expect_different(const std::string& input, const std::string& output) {
   for (const auto& entry : fs::directory_iterator(input, failed))
     if (std::error_code ignored; fs::equivalent(entry.path(), output, ignored) && !ignored)
       throw IoError(output, "is a file of the input " + input + " and would be overwritten");
+}
+
+void expect_finite_factors(const std::string& path, const io::PeftAdapter& adapter) {
+  for (const io::AdapterModule& m : adapter.modules)
+    for (const Matrix<float>* factor : {&m.factors.A, &m.factors.B})
+      if (!std::all_of(factor->data(), factor->data() + factor->size(), [](float x) { return std::isfinite(x); }))
+        throw IoError(path, m.name, "its factors must be finite, got NaN or infinity");
+}
+
+void note_dora(const Common& common, const std::string& path, const io::PeftAdapter& adapter) {
+  const auto count = std::count_if(adapter.modules.begin(), adapter.modules.end(),
+                                   [](const io::AdapterModule& m) { return !m.magnitude.empty(); });
+  if (count > 0)
+    note(common, lowrank::detail::text(path, ": ", count,
+                                       " modules are DoRA's; what follows is about s*B*A, before the ", "magnitudes"));
+}
+
+io::PeftAdapter read_adapter(const std::string& path) {
+  io::PeftAdapter adapter = io::read_peft(path);
+  expect_finite_factors(path, adapter);
+  return adapter;
 }
 
 const std::string& checkpoint_path(const std::string& path) {

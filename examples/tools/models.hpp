@@ -93,6 +93,13 @@ std::vector<std::size_t> match_adapter(const std::string& path, const io::PeftAd
 /// The path of a checkpoint as it is; throws IoError when it is an adapter's directory.
 const std::string& checkpoint_path(const std::string& path);
 
+/// A PEFT adapter; throws IoError naming the module whose factors hold NaN or infinity.
+io::PeftAdapter read_adapter(const std::string& path);
+/// A line on stderr when modules are DoRA's and what is done looks at s·B·A alone.
+void note_dora(const Common& common, const std::string& path, const io::PeftAdapter& adapter);
+/// The check of read_adapter alone.
+void expect_finite_factors(const std::string& path, const io::PeftAdapter& adapter);
+
 /// Throws IoError when two paths are the same place, whatever they are spelt, or the output is a file of the input's
 /// directory.
 void expect_different(const std::string& input, const std::string& output);

@@ -75,6 +75,7 @@ void run(const Options& o) {
                       [&o, p] { return difference_entry(p, o.spectrum); }});
   } else if (!o.adapter.empty()) {
     adapter.emplace(io::read_peft(o.adapter));
+    note_dora(o.scan.common, o.adapter, *adapter);
     names = names_of(adapter->modules);
     for (const ModulePair& p : pairs_of(*adapter, all, o.filter, skipped)) {
       const auto& f = p.module->factors;

@@ -41,8 +41,8 @@ struct LoftqOptions {
 struct LoftqStep {
   double frobenius = 0;  ///< ‖E‖_F
   double spectral = 0;   ///< ‖E‖₂ from below: a Rayleigh–Ritz value, within some percent
-  double nuclear = std::numeric_limits<double>::quiet_NaN();   ///< ‖E‖_*, when asked for
-  double weighted = std::numeric_limits<double>::quiet_NaN();  ///< √tr(E·C·Eᵀ) for the data-aware methods
+  double nuclear = std::numeric_limits<double>::quiet_NaN();  ///< ‖E‖_*, when asked for
+  double weighted = std::numeric_limits<double>::quiet_NaN();  ///< √tr(E·C·Eᵀ) for the data-aware methods, C damped
   Index passes = 0;                                            ///< readings of the residual by the truncated SVD
   double seconds = 0;
 };

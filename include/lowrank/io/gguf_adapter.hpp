@@ -248,9 +248,10 @@ inline PeftAdapter parse_gguf_adapter(const std::string& path, Bytes file, const
                     lowrank::detail::text("lora_a has rank ", f.A.rows(), ", lora_b has rank ", f.B.cols()));
     if (const Index heads = detail::heads_of(name, o); heads >= 0) {
       if (heads == 0 || f.B.rows() % (2 * heads) != 0)
-        throw IoError(
-            path, name,
-            lowrank::detail::text("has ", f.B.rows(), " rows, which ", heads, " heads do not divide into pairs"));
+        throw IoError(path, name,
+                      lowrank::detail::text("has ", f.B.rows(), " rows, which ", heads,
+                                            " heads do not divide into pairs; give the base's "
+                                            "config.json or the number of heads"));
       f.B = detail::permute_rows(f.B, heads, false);
     }
     f.scale = alpha == 0 ? 1.0F : float(alpha / double(f.rank()));

@@ -161,8 +161,8 @@ inline void check_merge_options(const char* where, const RequantiseOptions& o) {
 [[noreturn]] inline void refuse(const char* where, const MergeReport& r, const RequantiseOptions& o) {
   throw MergeRefused(
       text(where, ": the stored update would correlate ", r.correlation, " with the intended one, less than ",
-           o.min_correlation, " (", 100 * r.changed_share, " % of the stored values change, lost norm ", r.lost,
-           "); store it as ", r.suggestion, ", or set allow_lossy"),
+           o.min_correlation, " (", 100 * r.changed_share, " % of the stored codes or values change, lost norm ",
+           r.lost, "); store it as ", r.suggestion, ", or set allow_lossy"),
       r);
 }
 template <class T>

@@ -5,7 +5,6 @@
 #include <lowrank/spectrum/subspace.hpp>
 
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <optional>
 
@@ -136,19 +135,19 @@ void run(const Options& o) {
   std::string table = "difference  φ left  noise  φ right  noise  matrix\n";
   char line[96];
   for (const Json& j : result.matrices) {
-    const auto cell = [&](const char* format, const Json& x) {
+    const auto cell = [&](int width, const char* format, const Json& x) {
       if (x.is_number())
-        std::snprintf(line, sizeof line, format, x.get<double>());
+        std::snprintf(line, sizeof line, format, width, x.get<double>());
       else  // of an update that is zero
-        std::snprintf(line, sizeof line, "%*s", int(std::strtol(format + 1, nullptr, 10)), "-");
+        std::snprintf(line, sizeof line, "%*s", width, "-");
       table += line;
     };
     const auto at = [&](const char* side, const char* key) { return j.contains(side) ? j[side][key] : Json(nullptr); };
-    cell("%10.4g", j["relative_difference"]);
-    cell("%8.4f", at("left", "phi"));
-    cell("%7.4f", at("left", "noise_phi"));
-    cell("%9.4f", at("right", "phi"));
-    cell("%7.4f", at("right", "noise_phi"));
+    cell(10, "%*.4g", j["relative_difference"]);
+    cell(8, "%*.4f", at("left", "phi"));
+    cell(7, "%*.4f", at("left", "noise_phi"));
+    cell(9, "%*.4f", at("right", "phi"));
+    cell(7, "%*.4f", at("right", "noise_phi"));
     table += "  " + j["name"].get<std::string>() + "\n";
   }
   finish_scan(o.scan, std::move(result),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // lowrank convert: an adapter between PEFT, llama.cpp's GGUF, and numpy's .npz.
-#include <cmath>
+#include <algorithm>
 #include <filesystem>
 
 #include "lowrank/io/gguf_adapter.hpp"
@@ -38,12 +38,9 @@ void write_npz(const std::string& path, const io::PeftAdapter& adapter, const st
   io::NpzWriter out(path);
   const auto add = [&](const std::string& name, const Matrix<float>& factor) {
     if (dtype == "f32") return out.add(name, factor);
+    io::detail::expect_f16_range(path, name, factor);
     Matrix<f16> narrow(factor.rows(), factor.cols());
-    for (Index i = 0; i < factor.size(); ++i) {
-      narrow.data()[i] = f16(factor.data()[i]);
-      if (!std::isfinite(float(narrow.data()[i])))
-        throw IoError(path, name, lowrank::detail::text("must be within the range of F16, got ", factor.data()[i]));
-    }
+    std::transform(factor.data(), factor.data() + factor.size(), narrow.data(), [](float x) { return f16(x); });
     out.add(name, narrow);
   };
   for (const io::AdapterModule& m : adapter.modules) {

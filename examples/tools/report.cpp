@@ -17,9 +17,7 @@ std::string format(const char* pattern, Args... args) {
   std::snprintf(buffer, sizeof buffer, pattern, args...);
   return buffer;
 }
-}  // namespace
 
-namespace {
 CLI::Validator number(std::function<bool(double)> good, const std::string& expected) {
   return {[good = std::move(good), expected](std::string& text) -> std::string {
             double x = 0;

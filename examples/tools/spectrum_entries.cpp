@@ -257,11 +257,6 @@ Json difference_of(const MatrixTensor& tuned, const MatrixTensor& base, const Sp
   return j;
 }
 
-template <class T>
-double norm_of(const Matrix<T>& M) {
-  return lowrank::detail::norm2(M.size(), M.data());
-}
-
 /// What needs the weight: the update's size beside it, the spectra of both, where the update points.
 template <class T>
 void add_weight(Json& j, const ModulePair& pair, const SpectrumOptions& o) {
@@ -277,8 +272,9 @@ void add_weight(Json& j, const ModulePair& pair, const SpectrumOptions& o) {
     gemm(f.scale, f.B.view(), f.A.view(), tuned.view(), Update::accumulate);
     // r products and the sum, each element's roundings relative to the parts.
     const double eps = double(std::numeric_limits<T>::epsilon()), r = double(f.rank());
-    const double parts = std::abs(double(f.scale)) * norm_of(f.B) * norm_of(f.A);
-    add_sides<T>(j, W, tuned.view(), o, eps * ((r + 2) * parts + norm_of(tuned)));
+    const auto norm = [](MatrixView<const T> M) { return std::sqrt(lowrank::detail::squared_norm(M)); };
+    const double parts = std::abs(double(f.scale)) * norm(f.B.view()) * norm(f.A.view());
+    add_sides<T>(j, W, tuned.view(), o, eps * ((r + 2) * parts + norm(std::as_const(tuned).view())));
   }
   if (o.alignment > 0) add_alignment<T>(j, W, svd(f), 1, o);
 }

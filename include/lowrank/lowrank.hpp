@@ -132,4 +132,5 @@
 #include "lowrank/spectrum/smallest_value.hpp"
 #include "lowrank/spectrum/subspace.hpp"
 #include "lowrank/spectrum/tracker.hpp"
+#include "lowrank/spectrum/vector_errors.hpp"
 #include "lowrank/spectrum/wide_products.hpp"

@@ -148,20 +148,23 @@ class QuantisedAlternation {
   }
   /// The rank-r truncated SVD of `target`, no more accurate than the error needs.
   TruncatedSvd<T> leading_triplets(MatrixView<const T> target, MatrixView<const T> start) {
-    TruncatedSvd<T> d;
-    for (double asked = INFINITY;;) {
-      // No search for repeated values: quantisation noise has none, and the error is measured in any case.
-      // A deficit d in a captured share c of the energy raises the error by d·c/(2(1 − c)), relatively. Before anything
-      // is known c is taken to be small, as it is where quantisation noise is fitted; if it is not, the SVD goes on.
-      const double tolerance = std::clamp(2 * o_.svd_slack * (1 - captured_share_) / captured_share_, 1e-6, 0.01);
-      if (tolerance > asked / 2) return d;
-      d = truncated_svd(target, o_.rank, {.energy_tolerance = tolerance, .seek_copies = false, .seed = o_.seed},
-                        asked < INFINITY ? std::as_const(d.V).view() : start);
-      passes_ += d.passes;
-      if (d.total_energy > 0) captured_share_ = std::clamp(d.captured_energy / d.total_energy, 1e-3, 0.999);
-      if (asked < INFINITY) return d;
-      asked = tolerance;
-    }
+    // A deficit d in a captured share c of the energy raises the error by d·c/(2(1 − c)), relatively. Before anything
+    // is known c is taken to be small, as it is where quantisation noise is fitted; if it is not, the SVD goes on.
+    const auto tolerance = [&] {
+      return std::clamp(2 * o_.svd_slack * (1 - captured_share_) / captured_share_, 1e-6, 0.01);
+    };
+    const double first = tolerance();
+    TruncatedSvd<T> d = triplets_to(first, target, start);
+    const double now = tolerance();
+    return now <= first / 2 ? triplets_to(now, target, std::as_const(d.V).view()) : d;
+  }
+  TruncatedSvd<T> triplets_to(double tolerance, MatrixView<const T> target, MatrixView<const T> start) {
+    // No search for repeated values: quantisation noise has none, and the error is measured in any case.
+    auto d =
+        truncated_svd(target, o_.rank, {.energy_tolerance = tolerance, .seek_copies = false, .seed = o_.seed}, start);
+    passes_ += d.passes;
+    if (d.total_energy > 0) captured_share_ = std::clamp(d.captured_energy / d.total_energy, 1e-3, 0.999);
+    return d;
   }
   /// E = W − s·B·A.
   void subtract_factors() { residual_base(W_, current_, E_.view()); }

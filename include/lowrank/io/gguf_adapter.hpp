@@ -154,15 +154,8 @@ inline GgufWriter gguf_adapter(const PeftAdapter& adapter, const GgufAdapterOpti
     convert_to(o.dtype, m.data(), m.size(), reinterpret_cast<std::byte*>(bytes.data()));
     return bytes;
   };
-  const auto check_range = [&](const std::string& name, const Matrix<float>& m) {
-    if (o.dtype != Dtype::F16) return;
-    for (Index i = 0; i < m.size(); ++i)
-      if (std::isfinite(m.data()[i]) && !std::isfinite(float(f16(m.data()[i]))))
-        throw IoError("GGUF adapter", name,
-                      lowrank::detail::text("must be within the range of F16, got ", m.data()[i], "; store it as F32"));
-  };
   const auto add = [&](const std::string& name, const Matrix<float>& m) {
-    check_range(name, m);
+    if (o.dtype == Dtype::F16) detail::expect_f16_range("GGUF adapter", name, m);
     out.add(name, type, {std::uint64_t(m.cols()), std::uint64_t(m.rows())}, pack(m));
   };
   for (const AdapterModule& m : adapter.modules) {

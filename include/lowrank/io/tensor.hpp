@@ -2,6 +2,7 @@
 // What a tensor file says of a tensor, and a look at its bytes that becomes a matrix when asked.
 #pragma once
 
+#include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
@@ -38,6 +39,15 @@ inline std::string shape_text(std::span<const std::uint64_t> shape) {
   for (std::size_t i = 0; i < shape.size(); ++i) s += (i > 0 ? ", " : "") + std::to_string(shape[i]);
   return s + "]";
 }
+
+namespace detail {
+/// Throws IoError naming the tensor when a finite value of it would be infinite in F16.
+inline void expect_f16_range(const std::string& path, const std::string& name, const Matrix<float>& m) {
+  for (Index i = 0; i < m.size(); ++i)
+    if (const float x = m.data()[i]; std::isfinite(x) && !std::isfinite(float(f16(x))))
+      throw IoError(path, name, lowrank::detail::text("must be within the range of F16, got ", x, "; store it as F32"));
+}
+}  // namespace detail
 
 /// A tensor in a file that stays open elsewhere (SafeTensors, Checkpoint, Npy): no bytes of its own.
 class TensorView {

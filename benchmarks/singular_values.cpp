@@ -23,7 +23,7 @@
 #include "lowrank/linalg/svd.hpp"
 
 #if defined(LOWRANK_USE_LAPACK)
-#include "lowrank/linalg/lapack.hpp"
+#include "lowrank/linalg/detail/lapack.hpp"
 #endif
 
 using namespace lowrank;

@@ -12,7 +12,7 @@
 #include <lowrank/init/orthogonal.hpp>
 #include <lowrank/init/pissa.hpp>
 #include <lowrank/init/qpissa.hpp>
-#include <lowrank/quant/merge_report.hpp>
+#include <lowrank/quant/merge.hpp>
 
 namespace lowrank::tool {
 namespace {

@@ -2,7 +2,7 @@
 // lowrank merge: an adapter into its base, with a report of what the base's storage kept of the update.
 #include <lowrank/adapter/merge.hpp>
 #include <lowrank/init/initialised.hpp>
-#include <lowrank/quant/merge_report.hpp>
+#include <lowrank/quant/merge.hpp>
 
 #include <filesystem>
 #include <map>

@@ -7,7 +7,7 @@
 #include <map>
 
 #include "lowrank/io/bitsandbytes.hpp"
-#include "lowrank/quant/merge_report.hpp"
+#include "lowrank/quant/merge.hpp"
 
 namespace lowrank::tool {
 

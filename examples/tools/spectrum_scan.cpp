@@ -20,7 +20,7 @@
 #include "lowrank/core/threads.hpp"
 #include "lowrank/core/version.hpp"
 #include "lowrank/io/file.hpp"
-#include "lowrank/spectrum/balance.hpp"
+#include "lowrank/core/balance.hpp"
 #include "report_csv.hpp"
 #include "report_html.hpp"
 

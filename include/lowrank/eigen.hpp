@@ -7,8 +7,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "lowrank/core/half.hpp"
 #include "lowrank/core/matrix.hpp"
+#include "lowrank/core/scalar.hpp"
 #include "lowrank/core/view_of.hpp"
 
 namespace lowrank {

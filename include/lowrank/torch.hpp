@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "lowrank/adapter/lora.hpp"
-#include "lowrank/core/collapse.hpp"
+#include "lowrank/core/detail/collapse.hpp"
 #include "lowrank/core/half.hpp"
 #include "lowrank/core/matrix.hpp"
 

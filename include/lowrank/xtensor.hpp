@@ -23,9 +23,9 @@
 #include <xtensor/xview.hpp>
 #endif
 
-#include "lowrank/core/collapse.hpp"
-#include "lowrank/core/half.hpp"
+#include "lowrank/core/detail/collapse.hpp"
 #include "lowrank/core/matrix.hpp"
+#include "lowrank/core/scalar.hpp"
 #include "lowrank/core/view_of.hpp"
 
 namespace lowrank {

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "lowrank/core/rng.hpp"
-#include "lowrank/linalg/simd.hpp"
+#include "lowrank/linalg/detail/simd.hpp"
 
 using lowrank::bf16;
 using lowrank::f16;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Quantised bases of other initialisers: codes of the base they leave, errors of the whole.
-#include "lowrank/init/loftq_base.hpp"
+#include "lowrank/init/quantise_base.hpp"
 
 #include <doctest/doctest.h>
 

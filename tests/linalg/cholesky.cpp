@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The blocked Cholesky factor and the Gram matrix against their definitions, at sizes around the block's.
-#include "lowrank/linalg/cholesky.hpp"
+#include "lowrank/linalg/detail/cholesky.hpp"
 
 #include <doctest/doctest.h>
 
-#include "lowrank/linalg/gram.hpp"
+#include "lowrank/linalg/detail/gram.hpp"
 #include "support/compare.hpp"
 
 using namespace lowrank;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The damped covariance, an order of it, the inverse of a triangle, and refusals.
-#include "lowrank/linalg/covariance.hpp"
+#include "lowrank/linalg/detail/covariance.hpp"
 
 #include <doctest/doctest.h>
 
 #include <vector>
 
-#include "lowrank/linalg/cholesky.hpp"
+#include "lowrank/linalg/detail/cholesky.hpp"
 #include "support/compare.hpp"
 
 using namespace lowrank;

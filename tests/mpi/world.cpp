@@ -10,7 +10,7 @@
 
 #include "lowrank/core/rng.hpp"
 #include "lowrank/linalg/singular_values.hpp"
-#include "lowrank/spectrum/balance.hpp"
+#include "lowrank/core/balance.hpp"
 
 using namespace lowrank;
 

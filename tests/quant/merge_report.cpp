@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The merge report against sums over everything, and the refusal.
-#include "lowrank/quant/merge_report.hpp"
+#include "lowrank/quant/merge.hpp"
 
 #include <doctest/doctest.h>
 

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "lowrank/core/rng.hpp"
-#include "lowrank/spectrum/balance.hpp"
+#include "lowrank/core/balance.hpp"
 #include "support/oracle.hpp"
 #include "support/temp_dir.hpp"
 

@@ -10,7 +10,7 @@
 
 #include <optional>
 
-#include "lowrank/adapter/dropout.hpp"
+#include "lowrank/adapter/detail/dropout.hpp"
 #include "lowrank/adapter/layer.hpp"
 
 namespace lowrank {

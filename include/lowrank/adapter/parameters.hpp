@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "lowrank/core/half.hpp"
 #include "lowrank/core/matrix.hpp"
+#include "lowrank/core/scalar.hpp"
 
 namespace lowrank {
 

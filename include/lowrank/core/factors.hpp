@@ -4,8 +4,8 @@
 
 #include <cmath>
 
-#include "lowrank/core/half.hpp"
 #include "lowrank/core/matrix.hpp"
+#include "lowrank/core/scalar.hpp"
 
 namespace lowrank {
 

@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "lowrank/core/huge_pages.hpp"
+#include "lowrank/core/detail/huge_pages.hpp"
 #include "lowrank/core/view_of.hpp"
 
 namespace lowrank {

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "lowrank/init/pissa.hpp"
+#include "lowrank/linalg/detail/times_symmetric.hpp"
 #include "lowrank/linalg/minor_svd.hpp"
-#include "lowrank/linalg/times_symmetric.hpp"
 
 namespace lowrank {
 

@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "lowrank/core/factors.hpp"
-#include "lowrank/linalg/scaling.hpp"
+#include "lowrank/linalg/detail/scaling.hpp"
 
 namespace lowrank {
 

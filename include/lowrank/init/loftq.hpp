@@ -3,7 +3,7 @@
 // quant(W).
 #pragma once
 
-#include "lowrank/init/loftq_alternation.hpp"
+#include "lowrank/init/detail/loftq_alternation.hpp"
 
 namespace lowrank {
 

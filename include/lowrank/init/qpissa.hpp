@@ -2,7 +2,7 @@
 // QPiSSA: the principal triplets of W stay in full precision as factors, only the residual base is quantised.
 #pragma once
 
-#include "lowrank/init/loftq_alternation.hpp"
+#include "lowrank/init/detail/loftq_alternation.hpp"
 
 namespace lowrank {
 

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "lowrank/init/initialised.hpp"
+#include "lowrank/linalg/detail/vector_ops.hpp"
 #include "lowrank/linalg/gemm.hpp"
-#include "lowrank/linalg/vector_ops.hpp"
 
 namespace lowrank {
 

@@ -12,7 +12,7 @@
 #include <span>
 #include <string_view>
 
-#include "lowrank/core/half.hpp"
+#include "lowrank/core/scalar.hpp"
 #include "lowrank/core/threads.hpp"
 
 namespace lowrank::io {

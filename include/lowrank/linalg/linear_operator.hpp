@@ -4,8 +4,8 @@
 
 #include <concepts>
 
-#include "lowrank/core/half.hpp"
 #include "lowrank/core/matrix_view.hpp"
+#include "lowrank/core/scalar.hpp"
 
 namespace lowrank {
 

@@ -2,11 +2,11 @@
 // The smallest singular triplets of a matrix: dominant ones of its triangular inverse, verified, or a full SVD.
 #pragma once
 
+#include "lowrank/linalg/detail/triangular_inverse.hpp"
 #include "lowrank/linalg/qr.hpp"
 #include "lowrank/linalg/singular_values.hpp"
 #include "lowrank/linalg/small_svd.hpp"
 #include "lowrank/linalg/svd.hpp"
-#include "lowrank/linalg/triangular_inverse.hpp"
 #include "lowrank/linalg/truncated_svd.hpp"
 
 namespace lowrank {

@@ -9,8 +9,8 @@
 
 #include "lowrank/core/factors.hpp"
 #include "lowrank/linalg/base.hpp"
+#include "lowrank/linalg/detail/streamed_pass.hpp"
 #include "lowrank/linalg/linear_operator.hpp"
-#include "lowrank/linalg/streamed_pass.hpp"
 
 namespace lowrank {
 

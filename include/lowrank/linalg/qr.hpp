@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "lowrank/linalg/householder.hpp"
+#include "lowrank/linalg/detail/householder.hpp"
 
 namespace lowrank {
 

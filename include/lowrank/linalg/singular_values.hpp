@@ -8,17 +8,17 @@
 #include <functional>
 #include <vector>
 
-#include "lowrank/linalg/band_reduction.hpp"
-#include "lowrank/linalg/band_to_tridiagonal.hpp"
-#include "lowrank/linalg/bidiagonal.hpp"
-#include "lowrank/linalg/bidiagonal_qr.hpp"
-#include "lowrank/linalg/gram.hpp"
-#include "lowrank/linalg/scaling.hpp"
+#include "lowrank/linalg/detail/band_reduction.hpp"
+#include "lowrank/linalg/detail/band_to_tridiagonal.hpp"
+#include "lowrank/linalg/detail/bidiagonal.hpp"
+#include "lowrank/linalg/detail/bidiagonal_qr.hpp"
+#include "lowrank/linalg/detail/gram.hpp"
+#include "lowrank/linalg/detail/scaling.hpp"
 #include "lowrank/linalg/svd_result.hpp"
 #include "lowrank/linalg/symmetric_eigen.hpp"
 
 #if defined(LOWRANK_USE_LAPACK)
-#include "lowrank/linalg/lapack.hpp"
+#include "lowrank/linalg/detail/lapack.hpp"
 #endif
 
 namespace lowrank {

@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "lowrank/linalg/bidiagonal.hpp"
-#include "lowrank/linalg/bidiagonal_qr.hpp"
+#include "lowrank/linalg/detail/bidiagonal.hpp"
+#include "lowrank/linalg/detail/bidiagonal_qr.hpp"
+#include "lowrank/linalg/detail/scaling.hpp"
 #include "lowrank/linalg/qr.hpp"
-#include "lowrank/linalg/scaling.hpp"
 #include "lowrank/linalg/svd_result.hpp"
 #include "lowrank/linalg/symmetric_eigen.hpp"
 

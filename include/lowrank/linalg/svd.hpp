@@ -8,7 +8,7 @@
 #include "lowrank/linalg/small_svd.hpp"
 
 #if defined(LOWRANK_USE_LAPACK)
-#include "lowrank/linalg/lapack.hpp"
+#include "lowrank/linalg/detail/lapack.hpp"
 #endif
 
 namespace lowrank {

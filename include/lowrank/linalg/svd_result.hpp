@@ -6,8 +6,8 @@
 #include <cmath>
 #include <vector>
 
-#include "lowrank/core/half.hpp"
 #include "lowrank/core/matrix.hpp"
+#include "lowrank/core/scalar.hpp"
 
 namespace lowrank {
 

@@ -6,8 +6,8 @@
 #include <numeric>
 #include <vector>
 
-#include "lowrank/linalg/householder.hpp"
-#include "lowrank/linalg/tridiagonal_ql.hpp"
+#include "lowrank/linalg/detail/householder.hpp"
+#include "lowrank/linalg/detail/tridiagonal_ql.hpp"
 
 namespace lowrank {
 

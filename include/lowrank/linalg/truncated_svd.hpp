@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "lowrank/linalg/adjoint_check.hpp"
-#include "lowrank/linalg/hidden_copies.hpp"
+#include "lowrank/linalg/detail/hidden_copies.hpp"
 #include "lowrank/linalg/operators.hpp"
 #include "lowrank/linalg/truncated_svd_result.hpp"
 

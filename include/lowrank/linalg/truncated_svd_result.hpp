@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "lowrank/core/half.hpp"
+#include "lowrank/core/scalar.hpp"
 #include "lowrank/linalg/svd_result.hpp"
 
 namespace lowrank {

@@ -5,8 +5,8 @@
 #include <cmath>
 #include <span>
 
-#include "lowrank/core/half.hpp"
 #include "lowrank/core/matrix_view.hpp"
+#include "lowrank/core/scalar.hpp"
 
 namespace lowrank {
 

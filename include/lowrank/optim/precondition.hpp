@@ -5,8 +5,8 @@
 #include <cmath>
 
 #include "lowrank/core/factors.hpp"
-#include "lowrank/linalg/cholesky.hpp"
-#include "lowrank/linalg/gram.hpp"
+#include "lowrank/linalg/detail/cholesky.hpp"
+#include "lowrank/linalg/detail/gram.hpp"
 
 namespace lowrank {
 

@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "lowrank/core/threads.hpp"
-#include "lowrank/quant/block_scale.hpp"
+#include "lowrank/quant/detail/block_scale.hpp"
 #include "lowrank/quant/quantized_arrays.hpp"
 
 namespace lowrank {
@@ -74,8 +74,8 @@ class BlockQuantiser {
     while (b < seen && !first_bad_.compare_exchange_weak(seen, b)) {
     }
   }
-  /// Whether every level of the block is finite: (code − zero)·scale, code·scale before the division by 127, and a scale
-  /// that was rounded itself may leave the range of float although W does not.
+  /// Whether every level of the block is finite: (code − zero)·scale, code·scale before the division by 127, and a
+  /// scale that was rounded itself may leave the range of float although W does not.
   [[nodiscard]] bool levels_finite(BlockScale s) const {
     switch (q_.codebook().kind()) {
       case CodebookKind::affine:

@@ -5,8 +5,8 @@
 
 #include <chrono>
 
+#include "lowrank/quant/detail/lane_coder.hpp"
 #include "lowrank/quant/gptq_factor.hpp"
-#include "lowrank/quant/lane_coder.hpp"
 #include "lowrank/quant/quantise.hpp"
 
 namespace lowrank {

@@ -4,7 +4,7 @@
 
 #include <numeric>
 
-#include "lowrank/linalg/covariance.hpp"
+#include "lowrank/linalg/detail/covariance.hpp"
 #include "lowrank/quant/quantized_matrix.hpp"
 
 namespace lowrank {

@@ -10,7 +10,7 @@
 
 #include "lowrank/core/matrix.hpp"
 #include "lowrank/quant/block_layout.hpp"
-#include "lowrank/quant/decode.hpp"
+#include "lowrank/quant/detail/decode.hpp"
 #include "lowrank/quant/scale_table.hpp"
 
 namespace lowrank {

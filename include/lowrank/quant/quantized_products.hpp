@@ -4,7 +4,7 @@
 #pragma once
 
 #include "lowrank/linalg/gemm.hpp"
-#include "lowrank/quant/lane_products.hpp"
+#include "lowrank/quant/detail/lane_products.hpp"
 
 namespace lowrank {
 namespace detail {

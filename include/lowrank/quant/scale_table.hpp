@@ -5,7 +5,7 @@
 #include <span>
 #include <vector>
 
-#include "lowrank/quant/encode.hpp"
+#include "lowrank/quant/detail/encode.hpp"
 
 namespace lowrank {
 

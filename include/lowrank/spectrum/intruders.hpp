@@ -9,12 +9,12 @@
 #include <vector>
 
 #include "lowrank/core/factors.hpp"
+#include "lowrank/linalg/detail/lanczos.hpp"
+#include "lowrank/linalg/detail/smallest_value.hpp"
+#include "lowrank/linalg/detail/vector_errors.hpp"
 #include "lowrank/linalg/factor_operators.hpp"
 #include "lowrank/linalg/svd.hpp"
 #include "lowrank/linalg/truncated_svd.hpp"
-#include "lowrank/spectrum/lanczos.hpp"
-#include "lowrank/spectrum/smallest_value.hpp"
-#include "lowrank/spectrum/vector_errors.hpp"
 
 namespace lowrank {
 

@@ -10,8 +10,8 @@
 #include <span>
 #include <type_traits>
 
-#include "lowrank/core/half.hpp"
 #include "lowrank/core/matrix_view.hpp"
+#include "lowrank/core/scalar.hpp"
 
 namespace lowrank {
 

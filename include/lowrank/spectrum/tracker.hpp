@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "lowrank/core/line_file.hpp"
+#include "lowrank/core/detail/line_file.hpp"
 #include "lowrank/linalg/factor_svd.hpp"
 #include "lowrank/linalg/truncated_svd.hpp"
 #include "lowrank/spectrum/bounds.hpp"

@@ -31,7 +31,7 @@ void f(lowrank::LoraLinear<float>& l, const M& x, M& y, lowrank::LoraWorkspace<f
   l.backward(x, y, ws);
 }'
 row '`lowrank/eigen.hpp`' '#include "lowrank/eigen.hpp"'
-row '`lowrank/quant/quantized_matrix.hpp`' '#include "lowrank/quant/quantized_matrix.hpp"'
+row '`lowrank/quant/quantised_matrix.hpp`' '#include "lowrank/quant/quantised_matrix.hpp"'
 row '`lowrank/init/pissa.hpp`' '#include "lowrank/init/pissa.hpp"'
 row '`lowrank/init/pissa.hpp`, `pissa` of a float matrix' '#include "lowrank/init/pissa.hpp"
 auto f(const lowrank::Matrix<float>& w) { return lowrank::pissa(w, {.rank = 8}); }'

@@ -37,8 +37,8 @@ Matrix<float> decaying_over_noise(Index m, Index n) {
   CounterRng(1).fill_normal(W.view(), 0, 0.02);
   CounterRng(2).fill_normal(U.view());
   CounterRng(3).fill_normal(V.view());
-  orthonormalize(U.view());
-  orthonormalize(V.view());
+  orthonormalise(U.view());
+  orthonormalise(V.view());
   for (Index i = 0; i < m; ++i)
     for (Index j = 0; j < k; ++j) U(i, j) *= float(8 * std::pow(double(j + 1), -0.7));
   gemm(1.0F, U.view(), V.view().transposed(), W.view(), Update::accumulate);

@@ -63,8 +63,8 @@ Matrix<float> base(Index m, Index n, bool decaying) {
   Matrix<float> U(m, r), V(n, r);
   CounterRng(3).fill_normal(U.view());
   CounterRng(4).fill_normal(V.view());
-  orthonormalize(U.view());
-  orthonormalize(V.view());
+  orthonormalise(U.view());
+  orthonormalise(V.view());
   for (Index i = 0; i < m; ++i)
     for (Index k = 0; k < r; ++k) U(i, k) *= float(8 * std::pow(double(k + 1), -0.7));
   gemm(1.0F, U.view(), V.view().transposed(), W.view(), Update::accumulate);

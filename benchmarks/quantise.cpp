@@ -91,7 +91,7 @@ int main(int argc, char** argv) {
               elements * 4 / fill * 1e-9, elements / fill * 1e-9, elements * 4 / read * 1e-9, elements / read * 1e-9);
 
   std::printf("%-24s %8s %14s %16s %12s\n", "codebook", "bits/w", "quantise G/s", "dequantise G/s", "mean |err|");
-  const auto line = [&](const char* name, const QuantizeOptions& options) {
+  const auto line = [&](const char* name, const QuantiseOptions& options) {
     auto q = quantise(W, options);
     const double tq = best(repeats, [&] { q.assign(W.view()); });
     const double td = best(repeats, [&] { q.dequantise(out.view()); });

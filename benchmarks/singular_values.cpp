@@ -51,8 +51,8 @@ Matrix<float> test_matrix(Index m, Index n, bool decaying) {
   Matrix<float> U(m, k), V(n, k);
   CounterRng(2).fill_normal(U.view());
   CounterRng(3).fill_normal(V.view());
-  orthonormalize(U.view());
-  orthonormalize(V.view());
+  orthonormalise(U.view());
+  orthonormalise(V.view());
   for (Index i = 0; i < m; ++i)
     for (Index j = 0; j < k; ++j) U(i, j) *= float(8 * std::pow(double(j + 1), -0.7));
   gemm(1.0F, U.view(), V.view().transposed(), W.view(), Update::accumulate);

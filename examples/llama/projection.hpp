@@ -7,7 +7,7 @@
 //   FrozenLinear     W as it came, no gradient                       (what stays of the base model)
 //   FullLinear       W itself trained                                (full fine-tuning)
 //   LoraLinear       W frozen in f32, plus s·B·A trained             (LoRA, PiSSA, OLoRA, …: only the start differs)
-//   LoraLinear over a QuantizedMatrix                                (QLoRA, LoftQ: the base in 4 or 2 bits)
+//   LoraLinear over a QuantisedMatrix                                (QLoRA, LoftQ: the base in 4 or 2 bits)
 //
 // All have the same interface, so a variant and std::visit are all the machinery there is. Activations are the model's
 // own Eigen matrices; lowrank looks at them in place.
@@ -24,7 +24,7 @@
 #include "lowrank/adapter/lora.hpp"
 #include "lowrank/adapter/merge.hpp"
 #include "lowrank/eigen.hpp"
-#include "lowrank/quant/quantized_matrix.hpp"
+#include "lowrank/quant/quantised_matrix.hpp"
 
 namespace llama {
 
@@ -43,7 +43,7 @@ const lowrank::Matrix<T>& weight_at(const Weights<T>& weights, const std::string
 
 template <class T>
 using LinearLayer = std::variant<lowrank::FrozenLinear<T>, lowrank::FullLinear<T>, lowrank::LoraLinear<T>,
-                                 lowrank::LoraLinear<T, lowrank::QuantizedMatrix<T>>>;
+                                 lowrank::LoraLinear<T, lowrank::QuantisedMatrix<T>>>;
 
 /// A weight of the transformer, whatever became of it.
 template <class T>

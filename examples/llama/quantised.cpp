@@ -8,10 +8,10 @@
 namespace llama {
 
 LinearLayer<float> Adaptation::adapt_quantised(const std::string& module, const lowrank::Matrix<float>& W) {
-  using Base = lowrank::QuantizedMatrix<float>;
+  using Base = lowrank::QuantisedMatrix<float>;
   const lowrank::LoraLinearOptions layer_options{.dropout = options_.dropout,
                                                  .seed = options_.seed ^ stream_of(module)};
-  const lowrank::QuantizeOptions storage{.codebook = lowrank::Codebook::normal_float(bits_), .block_size = 64};
+  const lowrank::QuantiseOptions storage{.codebook = lowrank::Codebook::normal_float(bits_), .block_size = 64};
   Base base;
   lowrank::LoraFactors<float> factors;
   if (method_.starts_with("qlora")) {

@@ -53,7 +53,7 @@ std::string write_base(io::SafeTensorsWriter& out, const TensorView& weight, con
 }
 
 /// The same as bitsandbytes' tensors; the fingerprint is that of the codes.
-std::string write_packed(io::SafeTensorsWriter& out, const TensorView& weight, const QuantizedMatrix<float>& q) {
+std::string write_packed(io::SafeTensorsWriter& out, const TensorView& weight, const QuantisedMatrix<float>& q) {
   std::string print;
   for (const auto& part : io::bitsandbytes_tensors(weight.name(), q, packed_dtype(weight))) {
     out.write(part.spec.name, part.bytes);
@@ -88,13 +88,13 @@ std::string with_quantization_config(const std::string& path, const std::string&
 
 /// What the packed form of a weight will be, before there is one: the same tensors with the sizes known from the shape.
 std::vector<io::TensorSpec> packed_specs(const Options& o, const TensorView& weight, bool transposed) {
-  QuantizeOptions q;
+  QuantiseOptions q;
   q.block_size = o.method.block_size;
   q.double_quantise = o.method.double_quantise;
   const Index rows = transposed ? weight.cols() : weight.rows(), cols = transposed ? weight.rows() : weight.cols();
   std::vector<io::TensorSpec> specs;
   for (auto& t :
-       io::bitsandbytes_tensors(weight.name(), QuantizedMatrix<float>::zero(rows, cols, q), packed_dtype(weight)))
+       io::bitsandbytes_tensors(weight.name(), QuantisedMatrix<float>::zero(rows, cols, q), packed_dtype(weight)))
     specs.push_back(std::move(t.spec));
   return specs;
 }

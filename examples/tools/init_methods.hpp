@@ -4,7 +4,7 @@
 
 #include <lowrank/init/eva.hpp>
 #include <lowrank/init/initialised.hpp>
-#include <lowrank/quant/quantized_matrix.hpp>
+#include <lowrank/quant/quantised_matrix.hpp>
 #include <variant>
 
 #include "models.hpp"
@@ -46,7 +46,7 @@ struct Outcome {
   LoraFactors<float> factors;
   InitReport report;
   BaseStorage base;                   ///< out×in
-  QuantizedMatrix<float> quantised;   ///< loftq, qpissa
+  QuantisedMatrix<float> quantised;   ///< loftq, qpissa
   double plain_error = 0, error = 0;  ///< of plain quantisation, and of Q + s·B·A
 };
 

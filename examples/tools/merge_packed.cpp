@@ -53,7 +53,7 @@ std::vector<std::byte> PackedMerge::bytes(const std::string& weight, const std::
 MergeReport PackedMerge::report(const std::string& weight) const { return merged(weight).report; }
 
 RequantisedMerge<float> PackedMerge::merged(const std::string& weight) const {
-  const QuantizedMatrix<float> base = io::read_bitsandbytes<float>(checkpoint_, weight);
+  const QuantisedMatrix<float> base = io::read_bitsandbytes<float>(checkpoint_, weight);
   try {
     return requantise_merge(base, factors_(weight), options_);
   } catch (const MergeRefused& e) {
@@ -67,7 +67,7 @@ RequantisedMerge<float> PackedMerge::merged(const std::string& weight) const {
 
 void PackedMerge::merge(const std::string& weight) {
   const RequantisedMerge<float> result = merged(weight);
-  const QuantizedMatrix<float>& q = result.base;
+  const QuantisedMatrix<float>& q = result.base;
   const auto raw = [](auto values) {
     const auto b = std::as_bytes(values);
     return std::vector<std::byte>(b.begin(), b.end());

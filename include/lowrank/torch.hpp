@@ -264,7 +264,7 @@ concept AutogradLayer = requires(Layer& layer, const Layer& same, MatrixView<con
 ///
 ///     at::Tensor W = linear->weight.detach();
 ///     auto Q = lowrank::quantise(lowrank::view_of<float>(W));  // NF4 codes; W may go
-///     auto layer = lowrank::torch_layer(lowrank::LoraLinear<float, lowrank::QuantizedMatrix<float>>(
+///     auto layer = lowrank::torch_layer(lowrank::LoraLinear<float, lowrank::QuantisedMatrix<float>>(
 ///         std::move(Q), lowrank::kaiming<float>(out, in, {.rank = 16, .alpha = 32}).factors));
 ///     torch::optim::AdamW optimizer(layer->parameters(), 2e-4);
 ///     torch::Tensor y = layer->forward(x);

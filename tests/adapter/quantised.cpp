@@ -15,11 +15,11 @@ using test::rounding;
 
 namespace {
 
-static_assert(RowReadable<QuantizedMatrix<float>, float>);
-static_assert(RowReadable<QuantizedMatrix<double>, double>);
-static_assert(!RowReadable<QuantizedMatrix<float>, double>);
+static_assert(RowReadable<QuantisedMatrix<float>, float>);
+static_assert(RowReadable<QuantisedMatrix<double>, double>);
+static_assert(!RowReadable<QuantisedMatrix<float>, double>);
 
-std::vector<QuantizeOptions> kinds() {
+std::vector<QuantiseOptions> kinds() {
   return {{},  // blocks run on over the ends of rows
           {.double_quantise = true},
           {.codebook = Codebook::fp4(), .block_size = 32, .blocking = Blocking::restart_rows},
@@ -34,7 +34,7 @@ std::vector<QuantizeOptions> kinds() {
 TEST_CASE_TEMPLATE("an embedding over codes is the embedding over their values, to the bit", T, float, double) {
   const std::vector<std::int32_t> ids{12, 0, 3, 12, 7, 1};
   for (const auto& [vocab, dim] : {std::pair<Index, Index>{13, 70}, {13, 64}, {13, 1}, {13, 600}})
-    for (const QuantizeOptions& o : kinds()) {
+    for (const QuantiseOptions& o : kinds()) {
       CAPTURE(o.codebook.name());
       CAPTURE_BOUND(dim);
       const Index r = std::min<Index>(3, dim), tokens = Index(ids.size());
@@ -42,7 +42,7 @@ TEST_CASE_TEMPLATE("an embedding over codes is the embedding over their values, 
       const auto codes = quantise(W, o);
       const Matrix<T> values = codes.dequantise(), G = random_matrix<T>(tokens, dim, 2);
       const LoraFactors<T> f{random_matrix<T>(r, vocab, 3), random_matrix<T>(dim, r, 4), T(1.7)};
-      LoraEmbedding<T, QuantizedMatrix<T>> layer(codes, f);
+      LoraEmbedding<T, QuantisedMatrix<T>> layer(codes, f);
       LoraEmbedding<T> oracle(DenseBase<T>(values.view()), f);
       LoraWorkspace<T> a, b;
       Matrix<T> Y(tokens, dim), want(tokens, dim);
@@ -60,7 +60,7 @@ TEST_CASE_TEMPLATE("DoRA over codes is DoRA over their values", T, float, double
     Index out, in, tokens;
   };
   for (const auto& [out, in, tokens] : {Shape{40, 96, 20}, {33, 70, 1}, {24, 128, 3}})
-    for (const QuantizeOptions& o : kinds()) {
+    for (const QuantiseOptions& o : kinds()) {
       CAPTURE(o.codebook.name());
       CAPTURE_BOUND(in);
       const Index r = 4;
@@ -69,7 +69,7 @@ TEST_CASE_TEMPLATE("DoRA over codes is DoRA over their values", T, float, double
       const Matrix<T> values = codes.dequantise(), X = random_matrix<T>(tokens, in, 2),
                       G = random_matrix<T>(tokens, out, 3);
       const LoraFactors<T> f{random_matrix<T>(r, in, 4), random_matrix<T>(out, r, 5), T(0.7)};
-      DoraLinear<T, QuantizedMatrix<T>> layer(codes, f);
+      DoraLinear<T, QuantisedMatrix<T>> layer(codes, f);
       DoraLinear<T> oracle(DenseBase<T>(values.view()), f);
       // The rows are the same numbers, and so are their norms; A·Wᵀ comes from another kernel.
       CHECK(deviation(layer.magnitude(), oracle.magnitude()) <= rounding<T>(double(in)));

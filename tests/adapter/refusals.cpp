@@ -5,7 +5,7 @@
 #include "lowrank/adapter/dora.hpp"
 #include "lowrank/adapter/linear.hpp"
 #include "lowrank/quant/quantise.hpp"
-#include "lowrank/quant/quantized_matrix.hpp"
+#include "lowrank/quant/quantised_matrix.hpp"
 #include "support/compare.hpp"
 
 using namespace lowrank;
@@ -119,7 +119,7 @@ TEST_CASE("LoRA refuses before it writes, on every base") {
       const Matrix<bf16> narrow(W.view());
       LoraLinear<float, DenseBase<float, bf16>> two_bytes(DenseBase<float, bf16>(narrow.view()), factors(), o);
       check_linear<LoraWorkspace<float>>(two_bytes, true);
-      LoraLinear<float, QuantizedMatrix<float>> coded(quantise(W), factors(), o);
+      LoraLinear<float, QuantisedMatrix<float>> coded(quantise(W), factors(), o);
       check_linear<LoraWorkspace<float>>(coded, true);
       LoraLinear<float, TrustingBase> trusting(TrustingBase{Matrix<float>(W.view())}, factors(), o);
       check_linear<LoraWorkspace<float>>(trusting, true);
@@ -161,7 +161,7 @@ TEST_CASE("full and frozen layers refuse before they write, on every base") {
   check_linear<LoraWorkspace<float>>(biased, false);
   FrozenLinear<float> dense(DenseBase<float>(W.view()), bias);
   check_linear<LoraWorkspace<float>>(dense, false);
-  FrozenLinear<float, QuantizedMatrix<float>> coded(quantise(W), bias);
+  FrozenLinear<float, QuantisedMatrix<float>> coded(quantise(W), bias);
   check_linear<LoraWorkspace<float>>(coded, false);
   FrozenLinear<float, TrustingBase> trusting(TrustingBase{Matrix<float>(W.view())}, bias);
   check_linear<LoraWorkspace<float>>(trusting, false);

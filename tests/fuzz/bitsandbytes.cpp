@@ -46,7 +46,7 @@ std::string as_file(const std::vector<OwnedTensor>& tensors) {
 }
 
 void check(const Checkpoint& c, const std::string& weight) {
-  QuantizedMatrix<float> q;
+  QuantisedMatrix<float> q;
   if (!fuzz::accepted([&] { q = read_bitsandbytes(c, weight); })) return;
   const Matrix<float> values = q.dequantise();
   LOWRANK_PROMISE(values.rows() == q.rows() && values.cols() == q.cols());

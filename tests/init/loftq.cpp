@@ -34,7 +34,7 @@ Matrix<T> weight_like(Index m, Index n, std::uint64_t seed) {
 
 /// W − Q − s·B·A in double.
 template <class W, class T>
-Matrix<double> error_of(const W& weight, const QuantizedMatrix<T>& q, const LoraFactors<T>& f) {
+Matrix<double> error_of(const W& weight, const QuantisedMatrix<T>& q, const LoraFactors<T>& f) {
   const auto w = view_of(weight);
   const Matrix<T> values = q.dequantise();
   Matrix<double> E(w.rows(), w.cols());
@@ -117,7 +117,7 @@ TEST_CASE("each half step is what the algorithms say, the fit within svd_slack o
       for (const int iterations : {1, 4}) {
         CAPTURE(book.name());
         CAPTURE(iterations);
-        const QuantizeOptions q{.codebook = book, .block_size = 32};
+        const QuantiseOptions q{.codebook = book, .block_size = 32};
         const LoftqOptions o{.rank = 8, .alpha = 8, .quantise = q, .iterations = iterations, .stop_when_worse = false};
         const auto a = loftq(*W, o);
         const double least = best_possible(error_of(*W, a.base, none), 8);
@@ -134,7 +134,7 @@ TEST_CASE("each half step is what the algorithms say, the fit within svd_slack o
           CHECK(std::ranges::equal(b.base.codes(), quantise(rest, q).codes()));
         }
         if (iterations == 1 && W == &structured) {
-          const double captured = best_possible(error_of(*W, QuantizedMatrix<float>::zero(128, 96), none), 8);
+          const double captured = best_possible(error_of(*W, QuantisedMatrix<float>::zero(128, 96), none), 8);
           Matrix<float> rest(128, 96);
           const double left = residual_base(W->view(), b.factors, rest.view()).residual;
           CHECK(left <= captured * (1 + 1e-3));  // the principal triplets are in the factors
@@ -285,7 +285,7 @@ TEST_CASE("a layer on a LoftQ result computes with W as far as the report says")
   const Matrix<float> W = weight_like<float>(64, 96, 12), X = test::random_matrix<float>(10, 96, 13);
   auto init = loftq(W, {.rank = 8, .alpha = 4});
   const double error = init.report.result().frobenius;
-  LoraLinear<float, QuantizedMatrix<float>> layer(std::move(init.base), init.factors);
+  LoraLinear<float, QuantisedMatrix<float>> layer(std::move(init.base), init.factors);
   Matrix<float> Y(10, 64), exact(10, 64);
   LoraWorkspace<float> ws;
   layer.forward(X, Y, ws);
@@ -310,7 +310,7 @@ TEST_CASE("bad options") {
     for (const float bad : {std::nanf(""), std::numeric_limits<float>::infinity()}) {
       W(3, 5) = bad;
       const std::string where = pissa ? "qpissa: W must be finite, got " : "loftq: W must be finite, got ";
-      const auto says = [&](const QuantizeOptions& q, const char* place) {
+      const auto says = [&](const QuantiseOptions& q, const char* place) {
         CHECK_THROWS_WITH_AS(run({.quantise = q}), doctest::Contains((where).c_str()), NonFiniteError);
         CHECK_THROWS_WITH_AS(run({.quantise = q}), doctest::Contains(place), NonFiniteError);
       };

@@ -22,8 +22,8 @@ inline KnownMatrix known_matrix(lowrank::Index m, lowrank::Index n, std::vector<
   const lowrank::Index k = lowrank::Index(sigma.size());
   out.U = random_matrix<double>(m, k, seed);
   out.V = random_matrix<double>(n, k, seed + 1);
-  lowrank::orthonormalize(out.U.view());
-  lowrank::orthonormalize(out.V.view());
+  lowrank::orthonormalise(out.U.view());
+  lowrank::orthonormalise(out.V.view());
   lowrank::Matrix<double> US = out.U;
   for (lowrank::Index i = 0; i < m; ++i)
     for (lowrank::Index j = 0; j < k; ++j) US(i, j) *= sigma[std::size_t(j)];

@@ -116,7 +116,7 @@ TEST_CASE("4-bit weights survive the way to disk, plain and double-quantised, od
       for (const bool fp4 : {false, true}) {
         TempDir dir;
         const Matrix<float> W = random_matrix(m, n, 7);
-        QuantizeOptions o;
+        QuantiseOptions o;
         if (fp4) o.codebook = Codebook::fp4();
         o.double_quantise = nested;
         const auto q = quantise(W, o);

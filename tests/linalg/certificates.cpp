@@ -250,7 +250,7 @@ TEST_CASE("the leave-one-out estimate is unbiased") {
     const Matrix<double> Y = product(A, gaussian<double>(n, s, std::uint64_t(1000 + i)));
     const double estimate = std::pow(leave_one_out_error<double>(Y.view()), 2);
     Matrix<double> Q(Y.view().middle_cols(0, s - 1));
-    orthonormalize(Q.view());
+    orthonormalise(Q.view());
     const double error = std::pow(frobenius(A), 2) - std::pow(frobenius(product(transpose(Q), A)), 2);
     mean_estimate += estimate / draws;
     mean_error += error / draws;

@@ -80,7 +80,7 @@ TEST_CASE_TEMPLATE("thin_qr_in_place agrees with thin_qr for any order", T, floa
   CHECK(max_difference(Matrix<double>(col), Matrix<double>(f.Q)) <= tol);
   CHECK(max_difference(Matrix<double>(R2), Matrix<double>(R)) <= tol * frobenius(A));
   Matrix<T> only_q = A;
-  orthonormalize(only_q.view());
+  orthonormalise(only_q.view());
   CHECK(max_difference(Matrix<double>(only_q), Matrix<double>(f.Q)) == 0);
 }
 

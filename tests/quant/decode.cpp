@@ -111,7 +111,7 @@ TEST_CASE("any stream is well-defined: random codes, scales and shapes") {
   for (std::uint64_t round = 0; round < 400; ++round) {
     const auto draw = [&](std::uint64_t k, std::uint64_t n) { return Index(rng.bits(round * 16 + k) % n); };
     const Codebook& book = books[std::size_t(draw(0, books.size()))];
-    const QuantizeOptions o{.codebook = book, .block_size = Index(32) << draw(1, 8), .blocking = Blocking(draw(2, 3))};
+    const QuantiseOptions o{.codebook = book, .block_size = Index(32) << draw(1, 8), .blocking = Blocking(draw(2, 3))};
     const Index rows = draw(3, 40), cols = draw(4, 300);
     const BlockLayout layout = BlockLayout::of("test", rows, cols, o.block_size, o.blocking, book.bits());
     CAPTURE(book.name());
@@ -123,7 +123,7 @@ TEST_CASE("any stream is well-defined: random codes, scales and shapes") {
     for (float& a : absmax) a = float(rng.uniform(std::uint64_t(&a - absmax.data()) + 1000 * round));
     const auto map = Codebook::dynamic8();
     const std::vector<float> nested_absmax(static_cast<std::size_t>((layout.block_count() + 255) / 256), 0.25F);
-    QuantizedParts parts{.codes = codes};
+    QuantisedParts parts{.codes = codes};
     if (book.kind() == CodebookKind::affine) parts.zeros = zeros;
     const bool nested = draw(5, 2) == 1 && layout.block_count() > 0;
     if (nested) {
@@ -134,7 +134,7 @@ TEST_CASE("any stream is well-defined: random codes, scales and shapes") {
     } else {
       parts.absmax = absmax;
     }
-    const QuantizedMatrix<float> q(rows, cols, o, parts);
+    const QuantisedMatrix<float> q(rows, cols, o, parts);
     CHECK(q.is_double_quantised() == nested);
     const Matrix<float> values = q.dequantise();
     Index wrong = 0;
@@ -161,23 +161,23 @@ TEST_CASE("lengths are compared before anything is allocated") {
   // Codes of these shapes would fill the memory of any machine.
   for (const Index n : {Index(1) << 18, Index(1) << 29})
     for (const Blocking blocking : {Blocking::flat, Blocking::restart_rows, Blocking::row}) {
-      const QuantizeOptions o{.blocking = blocking};
-      CHECK_THROWS_WITH_AS(QuantizedMatrix<float>(n, n, o, {}), doctest::Contains("codes must have"), ShapeError);
+      const QuantiseOptions o{.blocking = blocking};
+      CHECK_THROWS_WITH_AS(QuantisedMatrix<float>(n, n, o, {}), doctest::Contains("codes must have"), ShapeError);
     }
-  CHECK_THROWS_AS(QuantizedMatrix<float>(Index(1) << 31, Index(1) << 31, {}, {}), ShapeError);
-  CHECK_THROWS_AS(QuantizedMatrix<float>(std::numeric_limits<Index>::max(), 1, {}, {}), ShapeError);
+  CHECK_THROWS_AS(QuantisedMatrix<float>(Index(1) << 31, Index(1) << 31, {}, {}), ShapeError);
+  CHECK_THROWS_AS(QuantisedMatrix<float>(std::numeric_limits<Index>::max(), 1, {}, {}), ShapeError);
 }
 
 TEST_CASE("arrays that do not fit are refused") {
   const Matrix<float> W = test::random_matrix<float>(4, 64, 1);
   const auto q = quantise(W);
   const auto nested = quantise(W, {.double_quantise = true});
-  const auto make = [&](auto&& change, Index rows = 4, Index cols = 64, QuantizeOptions o = {}) {
-    QuantizedParts p{.codes = q.codes(), .absmax = q.absmax()};
+  const auto make = [&](auto&& change, Index rows = 4, Index cols = 64, QuantiseOptions o = {}) {
+    QuantisedParts p{.codes = q.codes(), .absmax = q.absmax()};
     change(p);
-    return QuantizedMatrix<float>(rows, cols, std::move(o), p);
+    return QuantisedMatrix<float>(rows, cols, std::move(o), p);
   };
-  const auto as_is = [](QuantizedParts&) {};
+  const auto as_is = [](QuantisedParts&) {};
   CHECK_NOTHROW(make(as_is));
   CHECK_THROWS_AS(make(as_is, 4, 65), ShapeError);
   CHECK_THROWS_AS(make(as_is, -4, 64), ShapeError);
@@ -197,13 +197,13 @@ TEST_CASE("arrays that do not fit are refused") {
 
   const NestedScales& n = nested.nested();
   const auto make_nested = [&](auto&& change) {
-    QuantizedParts p{.codes = q.codes(),
+    QuantisedParts p{.codes = q.codes(),
                      .nested_codes = n.codes,
                      .nested_absmax = n.absmax,
                      .nested_values = n.values,
                      .nested_offset = n.offset};
     change(p);
-    return QuantizedMatrix<float>(4, 64, {}, p);
+    return QuantisedMatrix<float>(4, 64, {}, p);
   };
   CHECK_NOTHROW(make_nested(as_is));
   CHECK_THROWS_AS(make_nested([&](auto& p) { p.absmax = q.absmax(); }), ArgumentError);

@@ -127,7 +127,7 @@ Index compare_with_definition(const Matrix<S>& W, const Matrix<double>& H, const
   GptqOptions own = o;
   own.compare_plain = false;
   const auto result = gptq(W, H, own);
-  const QuantizedMatrix<T>& q = result.base;
+  const QuantisedMatrix<T>& q = result.base;
   const auto plain = quantise(W, o.quantise);
   const Codebook& book = o.quantise.codebook;
   std::vector<Index> order(static_cast<std::size_t>(n));
@@ -171,7 +171,7 @@ Index compare_with_definition(const Matrix<S>& W, const Matrix<double>& H, const
 
 /// Σ over rows of e·D·eᵀ, and each row's own.
 template <class T, class S>
-std::vector<double> losses(const Matrix<S>& W, const QuantizedMatrix<T>& q, const Matrix<double>& D) {
+std::vector<double> losses(const Matrix<S>& W, const QuantisedMatrix<T>& q, const Matrix<double>& D) {
   std::vector<double> rows;
   const Matrix<T> Q = q.dequantise();
   for (Index i = 0; i < W.rows(); ++i) {
@@ -196,7 +196,7 @@ double distance(const Matrix<float>& W, const Matrix<float>& Q) {
 }
 
 template <class T>
-bool same(const QuantizedMatrix<T>& a, const QuantizedMatrix<T>& b) {
+bool same(const QuantisedMatrix<T>& a, const QuantisedMatrix<T>& b) {
   return std::ranges::equal(a.codes(), b.codes()) && std::ranges::equal(a.zeros(), b.zeros()) &&
          std::ranges::equal(a.absmax(), b.absmax(), [](float x, float y) {
            return std::bit_cast<std::uint32_t>(x) == std::bit_cast<std::uint32_t>(y);
@@ -236,7 +236,7 @@ TEST_CASE("the codes of the definition, in double") {
       CAPTURE_BOUND(n);
       const Matrix<double> W = test::random_matrix<double>(m, n, std::uint64_t(n)), H = gram(n, std::uint64_t(n + m));
       for (const Blocking blocking : {Blocking::restart_rows, Blocking::row}) {
-        const QuantizeOptions q{.codebook = book, .block_size = 32, .blocking = blocking};
+        const QuantiseOptions q{.codebook = book, .block_size = 32, .blocking = blocking};
         const GptqOptions ways[] = {{.quantise = q},
                                     {.quantise = q, .fixed_scales = true},
                                     {.quantise = q, .damping = 0.1, .fixed_scales = true, .by_activation = true}};
@@ -296,7 +296,7 @@ TEST_CASE("uncorrelated inputs: the codes and scales of quantise, to the bit") {
         for (const bool fixed : {false, true}) {
           if (search > 0 && book.kind() != CodebookKind::table) continue;
           if (blocking == Blocking::flat && !fixed) continue;  // 72 is no multiple of 32
-          const QuantizeOptions q{.codebook = book, .block_size = 32, .blocking = blocking, .scale_search = search};
+          const QuantiseOptions q{.codebook = book, .block_size = 32, .blocking = blocking, .scale_search = search};
           const auto plain = quantise(W, q);
           for (const Matrix<float>* H : {&one, &uneven})
             for (const bool compare : {false, true}) {

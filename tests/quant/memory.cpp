@@ -43,7 +43,7 @@ TEST_CASE("a QLoRA step needs codes, scales, adapter state and one panel a threa
   auto q = quantise(test::random_matrix<float>(out, in, 1).view(), {.double_quantise = true});
   CHECK(q.storage_bytes() < out * in * 4.3 / 8);
   CHECK(q.bits_per_weight() == doctest::Approx(8.0 * double(q.storage_bytes()) / double(out * in)));
-  LoraLinear<float, QuantizedMatrix<float>> layer(std::move(q), kaiming<float>(out, in, {.rank = r}).factors);
+  LoraLinear<float, QuantisedMatrix<float>> layer(std::move(q), kaiming<float>(out, in, {.rank = r}).factors);
   const Matrix<float> X = test::random_matrix<float>(tokens, in, 2), G = test::random_matrix<float>(tokens, out, 3);
   Matrix<float> Y(tokens, out), dX(tokens, in);
   LoraWorkspace<float> ws;

@@ -13,9 +13,9 @@ using namespace lowrank;
 
 namespace {
 
-static_assert(PackableBase<QuantizedMatrix<float>, float>);
-static_assert(PackableBase<QuantizedMatrix<double>, double>);
-static_assert(!FrozenBase<QuantizedMatrix<float>, double>);
+static_assert(PackableBase<QuantisedMatrix<float>, float>);
+static_assert(PackableBase<QuantisedMatrix<double>, double>);
+static_assert(!FrozenBase<QuantisedMatrix<float>, double>);
 
 /// The largest deviation of `got` from initial + P·Q (or P·Qᵀ) in double, in units of the sum of the magnitudes added:
 /// what rounding errors are proportional to.
@@ -39,12 +39,12 @@ double product_error(Got&& got, const Matrix<T>& p, const Matrix<double>& q, boo
 }
 
 template <class T>
-Matrix<double> widened(const QuantizedMatrix<T>& q) {
+Matrix<double> widened(const QuantisedMatrix<T>& q) {
   const Matrix<T> values = q.dequantise();
   return Matrix<double>(values);
 }
 
-std::vector<QuantizeOptions> kinds() {
+std::vector<QuantiseOptions> kinds() {
   return {{},
           {.double_quantise = true},
           {.codebook = Codebook::fp4(), .block_size = 32},
@@ -61,7 +61,7 @@ std::vector<QuantizeOptions> kinds() {
 }  // namespace
 
 TEST_CASE_TEMPLATE("forward and backward are products with the dequantised weight", T, float, double) {
-  for (const QuantizeOptions& o : kinds())
+  for (const QuantiseOptions& o : kinds())
     for (const auto& [out, in] :
          {std::pair<Index, Index>{40, 128}, {33, 200}, {1, 64}, {70, 1}, {17, 77}, {9, 1100}, {19, 512}}) {
       CAPTURE(o.codebook.name());
@@ -104,9 +104,9 @@ TEST_CASE("column-major activations, and the portable kernels") {
     CHECK(product_error(dXt.view().transposed(), G, W, false, none) < test::rounding<float>(60));
     if (tokens > 4) continue;
     Matrix<float> Y(tokens, 48), dX(tokens, 192);
-    detail::quantized_few_forward<detail::Path::portable>(X.view(), q, false, Y.view());
+    detail::quantised_few_forward<detail::Path::portable>(X.view(), q, false, Y.view());
     CHECK(product_error(Y, X, W, true, none) < test::rounding<float>(200));
-    detail::quantized_few_backward<detail::Path::portable>(G.view(), q, false, dX.view());
+    detail::quantised_few_backward<detail::Path::portable>(G.view(), q, false, dX.view());
     CHECK(product_error(dX, G, W, false, none) < test::rounding<float>(60));
   }
 }
@@ -156,7 +156,7 @@ TEST_CASE("degenerate shapes and bad arguments of products") {
 }
 
 TEST_CASE_TEMPLATE("rows for an embedding", T, float, double) {
-  for (const QuantizeOptions& o : kinds()) {
+  for (const QuantiseOptions& o : kinds()) {
     const auto q = quantise(test::random_matrix<T>(50, 77, 1).view(), o);
     const Matrix<T> W = q.dequantise();
     const std::vector<Index> ids{3, 49, 0, 3};
@@ -185,7 +185,7 @@ TEST_CASE_TEMPLATE("QLoRA: a layer over codes is the layer over their values, gr
     const Matrix<T> W = q.dequantise();
     auto factors = kaiming<T>(out, in, {.rank = r, .alpha = 12}).factors;
     factors.B = test::random_matrix<T>(out, r, 2, 0.1);
-    LoraLinear<T, QuantizedMatrix<T>> layer(std::move(q), factors);
+    LoraLinear<T, QuantisedMatrix<T>> layer(std::move(q), factors);
     LoraLinear<T> dense(DenseBase<T>(W.view()), factors);
     const Matrix<T> X = test::random_matrix<T>(tokens, in, 3), G = test::random_matrix<T>(tokens, out, 4);
     Matrix<T> Y(tokens, out), Yd(tokens, out), dX(tokens, in), dXd(tokens, in);

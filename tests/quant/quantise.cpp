@@ -42,7 +42,7 @@ Index mismatches(const Matrix<double>& want, const Values& got) {
 }
 
 /// Codes, scales and values of q against the reference.
-void check_against_reference(const Matrix<float>& W, const QuantizedMatrix<float>& q) {
+void check_against_reference(const Matrix<float>& W, const QuantisedMatrix<float>& q) {
   const auto want = reference::quantise(W, q.codebook(), q.options().block_size, q.options().blocking);
   REQUIRE(q.absmax().size() == want.absmax.size());
   CHECK(std::memcmp(q.absmax().data(), want.absmax.data(), want.absmax.size() * 4) == 0);
@@ -189,8 +189,8 @@ TEST_CASE("levels that would not be finite are refused with the block") {
   W(0, 71) = -3e38F;
   const auto refuses = [&](const Codebook& book) {
     CAPTURE(book.name());
-    CHECK_THROWS_WITH_AS(quantise(W, {.codebook = book}), doctest::Contains("must be finite in float, block 1 spans -3.0"),
-                         NonFiniteError);
+    CHECK_THROWS_WITH_AS(quantise(W, {.codebook = book}),
+                         doctest::Contains("must be finite in float, block 1 spans -3.0"), NonFiniteError);
   };
   refuses(Codebook::uniform_asymmetric(1));  // the step itself
   refuses(Codebook::uniform_asymmetric(2));  // the lowest level, two steps below zero
@@ -230,7 +230,7 @@ TEST_CASE("the input's type and order do not matter, nor does the number of thre
       wide(i, j) = W(i, j);
     }
   for (const Blocking blocking : {Blocking::flat, Blocking::restart_rows, Blocking::row}) {
-    const QuantizeOptions o{.blocking = blocking};
+    const QuantiseOptions o{.blocking = blocking};
     const auto same = [](const auto& a, const auto& b) {
       return std::ranges::equal(a.codes(), b.codes()) && std::ranges::equal(a.absmax(), b.absmax());
     };
@@ -238,7 +238,7 @@ TEST_CASE("the input's type and order do not matter, nor does the number of thre
     CHECK(same(q, quantise(view_of(columns).transposed(), o)));
     CHECK(same(q, quantise(view_of(wide).middle_cols(0, 130), o)));
     const auto q64 = quantise(twice, o);
-    static_assert(std::is_same_v<decltype(q64), const QuantizedMatrix<double>>);
+    static_assert(std::is_same_v<decltype(q64), const QuantisedMatrix<double>>);
     CHECK(same(q, q64));
     CHECK(same(quantise(half, o), quantise(rounded, o)));
 #if defined(_OPENMP)
@@ -263,7 +263,7 @@ TEST_CASE_TEMPLATE("the values of a quantised matrix are quantised to themselves
       W(8, j) = T(int(4 * W(8, j))) / 2;  // ties
       W(9, j) = 0;
     }
-    std::vector<QuantizeOptions> all{{},
+    std::vector<QuantiseOptions> all{{},
                                      {.codebook = Codebook::fp4()},
                                      {.codebook = Codebook::nf2(), .block_size = 128},
                                      {.codebook = Codebook::nf3(), .blocking = Blocking::restart_rows},
@@ -275,14 +275,14 @@ TEST_CASE_TEMPLATE("the values of a quantised matrix are quantised to themselves
       for (const Blocking blocking : {Blocking::flat, Blocking::restart_rows, Blocking::row})
         all.push_back({.codebook = Codebook::uniform_asymmetric(bits), .block_size = 32, .blocking = blocking});
     }
-    for (const QuantizeOptions& o : all) {
+    for (const QuantiseOptions& o : all) {
       CAPTURE(o.codebook.name());
       const Matrix<T> once = quantise(W, o).dequantise();
       const Matrix<T> again = quantise(once, o).dequantise();
       CHECK(test::same_bits(once, again));
     }
     // int8 multiplies by 1/127 rounded, as bitsandbytes does, so the scale may move by a unit; the codes stay.
-    const QuantizeOptions int8{.codebook = Codebook::int8(), .blocking = Blocking::row};
+    const QuantiseOptions int8{.codebook = Codebook::int8(), .blocking = Blocking::row};
     const auto q = quantise(W, int8);
     const Matrix<T> values = q.dequantise();
     const auto again = quantise(values, int8);
@@ -296,7 +296,7 @@ TEST_CASE("a table that reaches 1 on one side only: block by block, where a valu
   for (const Codebook& book : {Codebook(lopsided), Codebook::dynamic8()}) {
     CAPTURE(book.name());
     const Matrix<float> W = test::random_matrix<float>(64, 32, 9);
-    const QuantizeOptions o{.codebook = book, .block_size = 32};
+    const QuantiseOptions o{.codebook = book, .block_size = 32};
     const auto q = quantise(W, o);
     const Matrix<float> once = q.dequantise(), again = quantise(once, o).dequantise();
     Index same = 0, changed = 0;
@@ -323,7 +323,7 @@ TEST_CASE("a table that reaches 1 on one side only: block by block, where a valu
 TEST_CASE("under double quantisation the codes are quantised to themselves, the scales within a step of their map") {
   // The second quantisation sees scales that are levels of the first map, about another mean: they move again.
   const Matrix<float> W = test::random_matrix<float>(33, 257, 9);
-  const QuantizeOptions o{.double_quantise = true};
+  const QuantiseOptions o{.double_quantise = true};
   const auto q = quantise(W, o);
   const Matrix<float> values = q.dequantise();
   const auto again = quantise(values, o);
@@ -372,7 +372,7 @@ TEST_CASE("uniform: error at most half a step, zero exact, symmetric and not") {
 TEST_CASE("published error of normal weights") {
   // bitsandbytes' own targets for randn(1024, 1024), blocks of 64; 1e6 samples make the mean good to about 1e-4.
   const Matrix<float> W = test::random_matrix<float>(1024, 1024, 1);
-  const auto mean_error = [&](const QuantizeOptions& o) {
+  const auto mean_error = [&](const QuantiseOptions& o) {
     const Matrix<float> V = quantise(W, o).dequantise();
     double sum = 0;
     for (Index i = 0; i < W.size(); ++i) sum += std::fabs(double(W.data()[i]) - double(V.data()[i]));
@@ -386,7 +386,7 @@ TEST_CASE("published error of normal weights") {
 TEST_CASE("a scale search never raises the squared error and lowers it at two bits") {
   Matrix<float> W = test::random_matrix<float>(32, 256, 2);
   for (Index k = W.size() / 2; k < W.size(); ++k) W.data()[k] *= W.data()[k] * W.data()[k];  // and heavy tails
-  const auto error = [&](const QuantizeOptions& o) {
+  const auto error = [&](const QuantiseOptions& o) {
     const Matrix<float> V = quantise(W, o).dequantise();
     std::vector<double> blocks(static_cast<std::size_t>(W.size() / 64));
     for (Index i = 0; i < W.size(); ++i) {

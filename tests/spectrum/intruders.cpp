@@ -28,7 +28,7 @@ struct Numbers {
 Matrix<double> basis(Numbers& x, Index m, Index k) {
   Matrix<double> U(m, k);
   for (Index i = 0; i < U.size(); ++i) U.data()[i] = x.normal();
-  orthonormalize(U.view());
+  orthonormalise(U.view());
   return U;
 }
 

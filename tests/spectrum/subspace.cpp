@@ -19,7 +19,7 @@ template <class T>
 Matrix<T> random_basis(Index m, Index k, std::uint64_t seed) {
   Matrix<T> U(m, k);
   CounterRng(seed).fill_normal(U.view());
-  orthonormalize(U.view());
+  orthonormalise(U.view());
   return U;
 }
 template <class T>

@@ -547,7 +547,7 @@ TEST_CASE("over 4-bit and bf16 weights, as over their dequantised values in torc
     auto codes = lowrank::quantise(view_of<float>(p.W));
     const at::Tensor values = as_torch(codes.dequantise());
     CHECK((values - p.W).abs().max().item<double>() > 0.01);  // it is quantised
-    check(torch_layer(LoraLinear<float, lowrank::QuantizedMatrix<float>>(std::move(codes), factors<float>(p))), values);
+    check(torch_layer(LoraLinear<float, lowrank::QuantisedMatrix<float>>(std::move(codes), factors<float>(p))), values);
 
     const at::Tensor narrow = p.W.to(at::kBFloat16);
     check(torch_layer(LoraLinear<float, DenseBase<float, lowrank::bf16>>(

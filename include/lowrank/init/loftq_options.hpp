@@ -18,7 +18,7 @@ struct LoftqOptions {
   double alpha = 16;
   bool rank_stabilised = false;
   /// How the base is stored: codebook, blocks, double quantisation, scale search.
-  QuantizeOptions quantise = {};
+  QuantiseOptions quantise = {};
   /// With a covariance: the base is quantised by gptq against it, not to the nearest codes. Scales are found beforehand
   /// where double quantisation or blocks across row ends need it.
   bool gptq = false;
@@ -68,8 +68,8 @@ struct LoftqReport {
 
 /// A quantised base and the factors that correct it: W ≈ base + s·B·A.
 template <Real T>
-struct QuantizedInit {
-  QuantizedMatrix<T> base;
+struct QuantisedInit {
+  QuantisedMatrix<T> base;
   LoraFactors<T> factors;
   LoftqReport report;
 };

@@ -46,7 +46,7 @@ auto olora(X&& weight, const OloraOptions& options = {}) {
   result.factors.B = Matrix<T>(m, r);
   detail::copy_scaled(leading, detail::unit_scale(detail::checked_max_abs("olora", "W", leading)),
                       result.factors.B.view());
-  orthonormalize(result.factors.B.view());
+  orthonormalise(result.factors.B.view());
   result.factors.A.resize(r, n);
   detail::product<T, T, S>(T(1), result.factors.B.view().transposed(), W.transposed(), false, result.factors.A.view());
   for (Index i = 1; i < r; ++i)  // zero but for rounding: R is triangular there

@@ -26,8 +26,8 @@ struct OrthogonalOptions {
 /// **Shapes** A r×in, B out×r. **Scale** s = α/r or α/√r. **Throws** ArgumentError: rank outside [2, min(out, in)], α
 /// not positive and finite, std negative or not finite. **Cost** (out + in)·r² flops.
 /// **Numerics** ‖B·A‖ is rounding, some eps·‖B‖·‖A‖, not an exact zero.
-/// **Source** no paper: the scheme is that of PEFT's `init_lora_weights="orthogonal"`, which admits even ranks only; the
-/// random orthogonal matrix from a QR of a Gaussian one: Stewart, SIAM J. Numer. Anal. 17 (1980), §3.
+/// **Source** no paper: the scheme is that of PEFT's `init_lora_weights="orthogonal"`, which admits even ranks only;
+/// the random orthogonal matrix from a QR of a Gaussian one: Stewart, SIAM J. Numer. Anal. 17 (1980), §3.
 template <Real T>
 Initialised<T> orthogonal(Index out, Index in, const OrthogonalOptions& options = {}) {
   const detail::Stopwatch watch;
@@ -41,7 +41,7 @@ Initialised<T> orthogonal(Index out, Index in, const OrthogonalOptions& options 
 
   Matrix<T> Q(r, r);
   CounterRng(options.seed, 0).fill_normal(Q.view());
-  orthonormalize(Q.view());
+  orthonormalise(Q.view());
   const Index r0 = (r + 1) / 2, r1 = r / 2;
   Matrix<T> Q0(r0, r), Q1(r1, r), G0(r0, in), G1(r1, out);
   for (Index i = 0; i < r; ++i)

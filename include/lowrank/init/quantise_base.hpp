@@ -16,13 +16,13 @@ namespace lowrank {
 /// **Numerics** the factors are kept as they are; the report's single step holds ‖W − (Q + s·B·A)‖_F and leaves the
 /// other norms unset. For the least error with factors of that rank see loftq, for a residual base iterated see qpissa.
 template <Real T, class Base, MatrixLike X>
-QuantizedInit<T> quantise_base(X&& weight, const Initialised<T, Base>& init, const QuantizeOptions& options = {}) {
+QuantisedInit<T> quantise_base(X&& weight, const Initialised<T, Base>& init, const QuantiseOptions& options = {}) {
   const detail::Stopwatch watch;
   const auto W = view_of(weight);
   using S = typename decltype(W)::value_type;
   const LoraFactors<T>& f = init.factors;
   detail::expect_shape("quantise_base", "W", W.rows(), W.cols(), f.out_features(), f.in_features());
-  const auto error = [&](const QuantizedMatrix<T>& q, const LoraFactors<T>& factors) {
+  const auto error = [&](const QuantisedMatrix<T>& q, const LoraFactors<T>& factors) {
     Matrix<T> E;
     E.resize(W.rows(), W.cols());
     residual_base(MatrixView<const S>(W), factors, E.view());
@@ -30,8 +30,8 @@ QuantizedInit<T> quantise_base(X&& weight, const Initialised<T, Base>& init, con
     for (Index i = 0; i < E.size(); ++i) E.data()[i] -= values.data()[i];
     return std::sqrt(detail::squared_norm(E.view()));
   };
-  QuantizedInit<T> result;
-  auto plain = QuantizedMatrix<T>::zero(W.rows(), W.cols(), options);
+  QuantisedInit<T> result;
+  auto plain = QuantisedMatrix<T>::zero(W.rows(), W.cols(), options);
   plain.assign(W);
   LoftqReport& report = result.report;
   report.method = "q" + init.report.method;
@@ -39,7 +39,7 @@ QuantizedInit<T> quantise_base(X&& weight, const Initialised<T, Base>& init, con
   report.plain.frobenius = error(plain, LoraFactors<T>{Matrix<T>(0, W.cols()), Matrix<T>(W.rows(), 0), T(1)});
   result.factors = f;
   if (init.base_changed) {
-    result.base = QuantizedMatrix<T>::zero(W.rows(), W.cols(), options);
+    result.base = QuantisedMatrix<T>::zero(W.rows(), W.cols(), options);
     result.base.assign(init.base.view());
   } else {
     result.base = std::move(plain);

@@ -7,7 +7,7 @@
 
 #include "lowrank/io/checkpoint.hpp"
 #include "lowrank/io/json.hpp"
-#include "lowrank/quant/quantized_matrix.hpp"
+#include "lowrank/quant/quantised_matrix.hpp"
 
 namespace lowrank::io {
 
@@ -59,7 +59,7 @@ inline std::array<float, 16> table_by_code(const Codebook& c) {
 /// `dtype` is the type of arithmetic a loader uses, "bfloat16", "float16" or "float32".
 /// **Throws** ArgumentError unless q is NF4 or FP4 in flat blocks: bitsandbytes has no others.
 template <Real T>
-std::vector<OwnedTensor> bitsandbytes_tensors(const std::string& weight, const QuantizedMatrix<T>& q,
+std::vector<OwnedTensor> bitsandbytes_tensors(const std::string& weight, const QuantisedMatrix<T>& q,
                                               const std::string& dtype = "bfloat16") {
   const auto& o = q.options();
   const std::string& type = o.codebook.name();
@@ -138,10 +138,10 @@ inline BitsandbytesState read_bitsandbytes_state(const Checkpoint& c, const std:
 /// read_bitsandbytes_state() refuses, a quant_map that is not the table of its type, scales that are negative or not
 /// finite. **Cost** a copy of the codes.
 template <Real T = float>
-QuantizedMatrix<T> read_bitsandbytes(const Checkpoint& c, const std::string& weight) {
+QuantisedMatrix<T> read_bitsandbytes(const Checkpoint& c, const std::string& weight) {
   const BitsandbytesState state = read_bitsandbytes_state(c, weight);
   const auto fail = [&](const std::string& what) { throw IoError(c[weight].file().path(), weight, what); };
-  QuantizeOptions o;
+  QuantiseOptions o;
   o.codebook = detail::bnb_codebook(c.path(), state.type);
   o.block_size = state.block_size;
   const auto map = detail::plain_values<float>(c[weight + ".quant_map"]);
@@ -150,7 +150,7 @@ QuantizedMatrix<T> read_bitsandbytes(const Checkpoint& c, const std::string& wei
   for (std::size_t i = 0; i < 16; ++i)
     if (!(std::abs(map[i] - table[i]) <= 1e-6F)) fail("quant_map is not the table of " + state.type);
   const auto codes = detail::plain_values<std::uint8_t>(c[weight]);
-  QuantizedParts parts;
+  QuantisedParts parts;
   parts.codes = codes;
   std::vector<float> absmax, nested_absmax, nested_values;
   std::vector<std::uint8_t> nested_codes;
@@ -169,7 +169,7 @@ QuantizedMatrix<T> read_bitsandbytes(const Checkpoint& c, const std::string& wei
     parts.absmax = absmax;
   }
   try {
-    return QuantizedMatrix<T>(state.rows, state.cols, o, parts);
+    return QuantisedMatrix<T>(state.rows, state.cols, o, parts);
   } catch (const IoError&) {
     throw;
   } catch (const Error& e) {

@@ -15,7 +15,7 @@ namespace lowrank {
 /// - `backward(G, dX, update)`: dX = G·W, or dX += G·W. G tokens×out, dX tokens×in.
 ///
 /// The layers check sizes and overlap before they call it, so that a base need not.
-/// Dense storage (DenseBase), block-quantised storage (QuantizedMatrix) and a user's own kernel all fit.
+/// Dense storage (DenseBase), block-quantised storage (QuantisedMatrix) and a user's own kernel all fit.
 template <class B, class T>
 concept FrozenBase = Real<T> && requires(const B& b, MatrixView<const T> in, MatrixView<T> out, Update update) {
   { b.rows() } -> std::convertible_to<Index>;

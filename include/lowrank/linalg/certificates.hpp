@@ -175,7 +175,7 @@ requires LinearOperator<Op, T> NormBounds spectral_error(const Op& A, const Svd<
   std::vector<double> log_size(std::size_t(r), 0.0);
   double lower = 0;
   bool zero = true;
-  const auto normalize = [&](Matrix<T>& M, bool measured_on_unit) {
+  const auto normalise = [&](Matrix<T>& M, bool measured_on_unit) {
     for (Index i = 0; i < r; ++i) {
       double square = 0;
       for (Index j = 0; j < M.cols(); ++j) square += double(M(i, j)) * double(M(i, j));
@@ -188,15 +188,15 @@ requires LinearOperator<Op, T> NormBounds spectral_error(const Op& A, const Svd<
       for (Index j = 0; j < M.cols(); ++j) M(i, j) = T(double(M(i, j)) / norm);
     }
   };
-  normalize(X, false);
+  normalise(X, false);
   zero = true;
   E.forward(X.view(), Y.view());
-  normalize(Y, true);
+  normalise(Y, true);
   for (Index q = 0; q < options.powers && !zero; ++q) {
     E.adjoint(Y.view(), X.view());
-    normalize(X, true);
+    normalise(X, true);
     E.forward(X.view(), Y.view());
-    normalize(Y, true);
+    normalise(Y, true);
   }
   double scale = detail::product_norm(approximation).root + lower;
   if constexpr (HasRoundingNorm<Op>) scale += A.rounding_norm();

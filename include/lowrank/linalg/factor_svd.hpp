@@ -50,7 +50,7 @@ struct StackedFactors {
     const auto triangle = [&](Matrix<double>& X) {
       if (X.rows() >= X.cols()) {
         Matrix<double> R(X.cols(), X.cols());
-        triangularize(X, R, keep_q);
+        triangularise(X, R, keep_q);
         return R;
       }
       Qr<double> f = thin_qr<double>(X.view());
@@ -62,7 +62,7 @@ struct StackedFactors {
   }
 
  private:
-  static void triangularize(Matrix<double>& X, Matrix<double>& R, bool keep_q) {
+  static void triangularise(Matrix<double>& X, Matrix<double>& R, bool keep_q) {
     if (keep_q) return thin_qr_in_place(X.view(), R.view());
     Matrix<double> F(X.cols(), X.cols());
     QrScratch<double> scratch;

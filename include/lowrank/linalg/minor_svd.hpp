@@ -89,9 +89,9 @@ bool minor_by_inverse(MatrixView<const S> A, Index rank, double tolerance, std::
       solver, rank, {.energy_tolerance = 0, .residual_tolerance = tolerance, .max_passes = 200, .seed = seed});
   Matrix<T> left(n, rank), right(n, rank);
   solver.apply_adjoint(inverse.U.view(), left.view());
-  orthonormalize(left.view());
+  orthonormalise(left.view());
   solver.apply(left.view(), right.view());
-  orthonormalize(right.view());
+  orthonormalise(right.view());
   Svd<T> trial;
   trial.U = multiply<T>(Q.view(), left.view());
   trial.V = std::move(right);

@@ -126,7 +126,7 @@ void thin_qr_in_place(MatrixView<T> A, std::type_identity_t<MatrixView<T>> R) {
 }
 /// As above, for the caller who does not want R.
 template <Real T>
-void orthonormalize(MatrixView<T> A) {
+void orthonormalise(MatrixView<T> A) {
   Matrix<T> R(A.cols(), A.cols());
   thin_qr_in_place(A, R.view());
 }

@@ -44,7 +44,7 @@ inline std::vector<double> symmetric_eigenvalues(MatrixView<double> A, const cha
   std::vector<double> d(std::size_t(n), 0.0), e(std::size_t(n), 0.0);
   if (n < 256) {
     std::vector<double> tau(std::size_t(n), 0.0);
-    tridiagonalize(A, d.data(), e.data(), tau.data());
+    tridiagonalise(A, d.data(), e.data(), tau.data());
   } else if (n < 3072) {
     reduce_to_band(A, 32);
     BulgeChaser<32>(A).run(d.data(), e.data());
@@ -105,7 +105,7 @@ SingularValues bidiagonal_singular_values(MatrixView<const S> W, double scale, c
       qr_recursive(A.view(), R.view(), F.view(), scratch);
       A = std::move(R);
     }
-    bidiagonalize<double>(A.view(), out.values.data(), e.data(), nullptr);
+    bidiagonalise<double>(A.view(), out.values.data(), e.data(), nullptr);
     if (!bidiagonal_qr(n, out.values.data(), e.data(), true, none, none, [] {}))
       throw Error(text(where, ": the QR iteration did not converge"));
     for (double& x : out.values) x = std::abs(x);

@@ -44,7 +44,7 @@ Svd<T> bidiagonal_svd(MatrixView<U> A, const char* where) {
   Matrix<U> Ut(n, m), Vt(n, n);
   {
     BidiagonalReflectors<U> reflectors;
-    bidiagonalize(A, d.data(), e.data(), &reflectors);
+    bidiagonalise(A, d.data(), e.data(), &reflectors);
     form_orthogonal<U>(reflectors.left.view(), reflectors.left_tau.data(), 0, Ut.view());
     form_orthogonal<U>(reflectors.right.view().middle_rows(0, n - 1), reflectors.right_tau.data(), 1, Vt.view());
   }

@@ -49,7 +49,7 @@ inline double update_and_multiply(Index n, double* row, double a, const double* 
 /// A = Q·T·Qᵀ from A's upper triangle (row-major). T's diagonals go to d (n) and e (n − 1), and A's rows become the
 /// reflectors Q = H₀···H_{n−2} in form_orthogonal's layout with offset 1, for tau (n − 1).
 /// **Cost** 4/3·n³ flops in one pass over the shrinking triangle a step.
-inline void tridiagonalize(MatrixView<double> A, double* d, double* e, double* tau) {
+inline void tridiagonalise(MatrixView<double> A, double* d, double* e, double* tau) {
   const Index n = A.rows(), ld = A.row_stride();
   std::vector<double> work(std::size_t(4 * n), 0.0);
   double *v = work.data(), *w = v + n, *x = w + n,
@@ -113,7 +113,7 @@ class TridiagonalForm {
     d_.resize(std::size_t(n));
     e_.resize(std::size_t(n));
     tau_.resize(std::size_t(n));
-    if (n > 0) tridiagonalize(reflectors_.view(), d_.data(), e_.data(), tau_.data());
+    if (n > 0) tridiagonalise(reflectors_.view(), d_.data(), e_.data(), tau_.data());
   }
 
   [[nodiscard]] Index size() const noexcept { return reflectors_.rows(); }
@@ -124,7 +124,7 @@ class TridiagonalForm {
     if (n == 0) return {};
     Matrix<double> Zt(n, n);
     form_orthogonal<double>(reflectors_.view().middle_rows(0, n - 1), tau_.data(), 1, Zt.view());
-    return diagonalize(Zt);
+    return diagonalise(Zt);
   }
 
   /// All values, and the last `count` elements of every vector.
@@ -143,12 +143,12 @@ class TridiagonalForm {
       }
       for (Index i = 0; i < n; ++i) Zt(i, c) = row[i];
     }
-    return diagonalize(Zt);
+    return diagonalise(Zt);
   }
 
  private:
   /// T = Z·Λ·Zᵀ; the rows of Zt, on entry columns of (a part of) Q, take the rotations and become those of the vectors.
-  [[nodiscard]] SymmetricEigen diagonalize(Matrix<double>& Zt) const {
+  [[nodiscard]] SymmetricEigen diagonalise(Matrix<double>& Zt) const {
     const Index n = size();
     std::vector<double> d = d_, e = e_;
     RotationQueue<double> queue;

@@ -7,7 +7,7 @@
 
 #include "lowrank/core/threads.hpp"
 #include "lowrank/quant/detail/block_scale.hpp"
-#include "lowrank/quant/quantized_arrays.hpp"
+#include "lowrank/quant/quantised_arrays.hpp"
 
 namespace lowrank {
 namespace detail {
@@ -16,7 +16,7 @@ namespace detail {
 template <class S>
 class BlockQuantiser {
  public:
-  BlockQuantiser(QuantizedArrays& q, MatrixView<const S> W) : q_(q), W_(W), layout_(q.layout_) {}
+  BlockQuantiser(QuantisedArrays& q, MatrixView<const S> W) : q_(q), W_(W), layout_(q.layout_) {}
 
   void run() {
     const Index blocks = layout_.block_count();
@@ -124,7 +124,7 @@ class BlockQuantiser {
                               " spans ", double(low), " to ", double(high)));
   }
 
-  QuantizedArrays& q_;
+  QuantisedArrays& q_;
   MatrixView<const S> W_;
   const BlockLayout& layout_;
   Encoder<> encoder_{q_.codebook()};

@@ -152,7 +152,7 @@ class Codebook {
   /// linspace(0.1, 1, 2^i + 1)·10^(i−6) with both signs, and 0 and 1.
   /// **Numerics** each level is the exact number rounded once. bitsandbytes takes them from a float `linspace` whose
   /// last bits depend on the vector width of the machine, so some levels differ from a given file's by one unit in the
-  /// last place; a file carries its own map, which is kept (see QuantizedParts). **Source** Dettmers, arXiv 1511.04561.
+  /// last place; a file carries its own map, which is kept (see QuantisedParts). **Source** Dettmers, arXiv 1511.04561.
   static Codebook dynamic8() {
     std::vector<float> levels{0.0F, 1.0F};
     double decade = 1e-6;

@@ -25,7 +25,7 @@ struct GptqReport {
 
 template <Real T>
 struct GptqResult {
-  QuantizedMatrix<T> base;
+  QuantisedMatrix<T> base;
   GptqReport report;
 };
 
@@ -46,7 +46,7 @@ class Gptq {
         fixed_(o.fixed_scales || o.quantise.blocking == Blocking::row),
         m_(W.rows()),
         n_(W.cols()),
-        plain_(QuantizedMatrix<T>::zero(m_, n_, o.quantise)),
+        plain_(QuantisedMatrix<T>::zero(m_, n_, o.quantise)),
         L_(plain_.layout()) {
     if (F.size() != n_)
       throw ShapeError(text("gptq: H must be ", shape_text(n_, n_), " for W of ", shape_text(m_, n_), ", got ",
@@ -289,7 +289,7 @@ class Gptq {
       if (!zeros_.empty()) zeros_[b] = plain_.zeros()[b];
     }
   }
-  QuantizedMatrix<T> packed() const {
+  QuantisedMatrix<T> packed() const {
     std::vector<std::uint8_t> bytes(static_cast<std::size_t>(L_.code_bytes()));
     const Index length = L_.segment_length();
     parallel_ranges(L_.block_count(), 256, [&](Index b0, Index b1) {
@@ -299,7 +299,7 @@ class Gptq {
                    bytes.data() + block.byte);
       }
     });
-    QuantizedParts parts{.codes = bytes, .absmax = fixed_ ? plain_.absmax() : std::span<const float>(scales_)};
+    QuantisedParts parts{.codes = bytes, .absmax = fixed_ ? plain_.absmax() : std::span<const float>(scales_)};
     parts.zeros = fixed_ ? plain_.zeros() : std::span<const std::uint8_t>(zeros_);
     if (plain_.is_double_quantised()) {
       const NestedScales& s = plain_.nested();
@@ -309,7 +309,7 @@ class Gptq {
       parts.nested_offset = s.offset;
       parts.nested_block_size = s.block_size;
     }
-    return QuantizedMatrix<T>(m_, n_, o_.quantise, parts);
+    return QuantisedMatrix<T>(m_, n_, o_.quantise, parts);
   }
 
   MatrixView<const S> W_;
@@ -317,7 +317,7 @@ class Gptq {
   const GptqOptions& o_;
   bool fixed_, by_block_ = true;  ///< by_block_: all rows enter their blocks at the same column, first to last
   Index m_, n_;
-  QuantizedMatrix<T> plain_;
+  QuantisedMatrix<T> plain_;
   const BlockLayout& L_;
   Encoder<> encoder_{o_.quantise.codebook};
   unsigned zero_code_ = 0;
@@ -350,7 +350,7 @@ auto gptq(X&& W, const GptqFactor<detail::QuantisedScalar<typename decltype(view
 /// tr((W − Q)·(H + λI)·(W − Q)ᵀ) stays small: with H = XᵀX that is ‖X·Wᵀ − X·Qᵀ‖_F². A block's scale is chosen from
 /// the corrected weights when the columns reach it.
 /// **Shapes** W out×in of float, double, bf16 or f16 in any order, H in×in. **Scale** of H: any; a mean serves as well
-/// as a sum. The result is an ordinary QuantizedMatrix.
+/// as a sum. The result is an ordinary QuantisedMatrix.
 /// **Throws** ShapeError; NonFiniteError; ArgumentError unless H is symmetric and positive definite after damping, for
 /// blocks that run on over row ends, double quantisation or by_activation without fixed_scales, and as quantise.
 /// **Cost** out·in² flops in T (twice that with compare_plain), in³ flops in double for the factor; memory: out·in

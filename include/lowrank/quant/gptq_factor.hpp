@@ -5,13 +5,13 @@
 #include <numeric>
 
 #include "lowrank/linalg/detail/covariance.hpp"
-#include "lowrank/quant/quantized_matrix.hpp"
+#include "lowrank/quant/quantised_matrix.hpp"
 
 namespace lowrank {
 
 struct GptqOptions {
   /// How the weight is stored: codebook, blocks, double quantisation, scale search.
-  QuantizeOptions quantise = {};
+  QuantiseOptions quantise = {};
   /// λ = damping·mean(diag H) is added to the diagonal of H.
   double damping = 0.01;
   /// Scales from W as quantise finds them, instead of from what a block holds when the columns reach it. Double

@@ -43,7 +43,7 @@ class MergeRefused : public Error {
 /// A merged weight and what the merge did to the update.
 template <Real T>
 struct RequantisedMerge {
-  QuantizedMatrix<T> base;
+  QuantisedMatrix<T> base;
   MergeReport report;
 };
 
@@ -184,13 +184,13 @@ void check_merge_shapes(const char* where, const LoraFactors<T>& f, Index rows, 
 /// larger than the update, which then vanishes or turns into noise: that is what the report shows and the refusal
 /// prevents.
 template <Real T>
-RequantisedMerge<T> requantise_merge(const QuantizedMatrix<T>& base, const LoraFactors<T>& f,
+RequantisedMerge<T> requantise_merge(const QuantisedMatrix<T>& base, const LoraFactors<T>& f,
                                      const RequantiseOptions& options = {}) {
   detail::check_merge_shapes("requantise_merge", f, base.rows(), base.cols());
   detail::check_merge_options("requantise_merge", options);
   Matrix<T> merged = base.dequantise();
   gemm(f.scale, f.B.view(), f.A.view(), merged.view(), Update::accumulate);
-  RequantisedMerge<T> result{QuantizedMatrix<T>::zero(base.rows(), base.cols(), base.options()), {}};
+  RequantisedMerge<T> result{QuantisedMatrix<T>::zero(base.rows(), base.cols(), base.options()), {}};
   result.base.assign(std::as_const(merged).view());
   const auto load = [&](Index i, T* out) { base.decode_row(i, 0, base.cols(), out); };
   result.report = detail::simulate_merge(f, load, [&](Index i, const T*, T* after) {

@@ -15,6 +15,7 @@
 #include "lowrank/linalg/factor_operators.hpp"
 #include "lowrank/linalg/svd.hpp"
 #include "lowrank/linalg/truncated_svd.hpp"
+#include "lowrank/spectrum/christoffel.hpp"
 
 namespace lowrank {
 

@@ -27,7 +27,7 @@ class QuantisedAlternation {
     scale_ = scale_of<T>(o);
     if (o.gptq && covariance.empty()) throw ArgumentError(text(method, ": gptq needs a covariance, got none"));
     if (!covariance.empty()) weight_ = ActivationWeight(method, covariance, W.cols(), o.damping);
-    result.base = QuantizedMatrix<T>::zero(W.rows(), W.cols(), o.quantise);
+    result.base = QuantisedMatrix<T>::zero(W.rows(), W.cols(), o.quantise);
     result.factors = zero_factors();
     current_ = result.factors;
     Q_ = result.base;
@@ -114,7 +114,7 @@ class QuantisedAlternation {
 
   /// Completes the report. When no pair beat plain quantisation (factors rounded too coarsely, W = Q), B is zero and
   /// the base is quant(W).
-  QuantizedInit<T> finish() {
+  QuantisedInit<T> finish() {
     LoftqReport& report = result.report;
     if (!(error(report.result()) <= error(report.plain))) {
       factor_.reset();
@@ -130,7 +130,7 @@ class QuantisedAlternation {
     return std::move(result);
   }
 
-  QuantizedInit<T> result;
+  QuantisedInit<T> result;
 
  private:
   /// What is fitted and compared.
@@ -207,7 +207,7 @@ class QuantisedAlternation {
   ActivationWeight weight_;
   GptqOptions feedback_;
   std::optional<GptqFactor<T>> factor_;  ///< of the covariance, once plain quantisation has been measured
-  QuantizedMatrix<T> Q_;
+  QuantisedMatrix<T> Q_;
   LoraFactors<T> current_;
   Matrix<T> E_, weighted_, subspace_;
   Index passes_ = 0;

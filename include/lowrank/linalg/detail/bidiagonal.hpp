@@ -39,7 +39,7 @@ struct BidiagonalReflectors {
 /// take one read-write and one read pass over A; rows are split over threads.
 /// **Source** the merged passes follow Howell, Demmel, Fulton, Hammarling & Marmol, ACM TOMS 34 (2008).
 template <class T>
-void bidiagonalize(MatrixView<T> A, double* d, double* e, BidiagonalReflectors<T>* keep) {
+void bidiagonalise(MatrixView<T> A, double* d, double* e, BidiagonalReflectors<T>* keep) {
   const Index m = A.rows(), n = A.cols(), ld = A.row_stride();
   const int parts_max = std::max(1, max_threads());
   // Pending update A −= u·zᵀ + w·vᵀ of the last step.

@@ -68,7 +68,7 @@ void refresh_orthonormal(MatrixView<T> X) {
   if (cholesky(G.view(), 0.25))
     solve_lower<T>(G.view(), X);
   else
-    orthonormalize(X.transposed());
+    orthonormalise(X.transposed());
 }
 
 /// An orthonormal set of vectors in the rows of a matrix that grows block by block.

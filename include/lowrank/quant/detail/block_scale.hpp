@@ -11,7 +11,7 @@ namespace lowrank::detail {
 /// The scale (and, for affine codebooks, the zero) of one block after another.
 class ScaleChooser {
  public:
-  /// `search` as in QuantizeOptions::scale_search; both arguments are kept by reference.
+  /// `search` as in QuantiseOptions::scale_search; both arguments are kept by reference.
   ScaleChooser(const Encoder<>& encoder, const Codebook& book, int search)
       : encoder_(encoder), book_(book), search_(search) {}
 

@@ -9,7 +9,7 @@
 #pragma once
 
 #include "lowrank/linalg/detail/few_rows.hpp"
-#include "lowrank/quant/quantized_arrays.hpp"
+#include "lowrank/quant/quantised_arrays.hpp"
 
 #if defined(LOWRANK_QUANT_AVX512)
 
@@ -53,7 +53,7 @@ struct LaneGroup {
 };
 
 /// Whether the lane products take this matrix: whole groups a row, one table for all blocks.
-inline bool has_lane_products(const QuantizedArrays& w) {
+inline bool has_lane_products(const QuantisedArrays& w) {
   const Codebook& book = w.codebook();
   if (book.kind() != CodebookKind::table || (book.bits() != 2 && book.bits() != 4)) return false;
   return w.layout().rows_start_blocks() && w.cols() % (512 / book.bits()) == 0;
@@ -63,7 +63,7 @@ inline bool has_lane_products(const QuantizedArrays& w) {
 template <int Bits>
 class LaneScales {
  public:
-  explicit LaneScales(const QuantizedArrays& w) {
+  explicit LaneScales(const QuantisedArrays& w) {
     constexpr Index size = LaneGroup<Bits>::size;
     const Index block_size = w.layout().block_size;
     // Divided once, here: a division a group would cost as much as the group's sixteen lookups.
@@ -96,7 +96,7 @@ class LaneScales {
 /// C(i, j) = accumulate·C(i, j) + x_i · W(j, ·) for J rows of W from j and MR permuted vectors `ldx` apart. `buffer`
 /// holds the scales of J rows.
 template <int Bits, int MR, int J>
-void lane_dot(const float* x, Index ldx, const QuantizedArrays& w, const LaneScales<Bits>& lane_scales, bool accumulate,
+void lane_dot(const float* x, Index ldx, const QuantisedArrays& w, const LaneScales<Bits>& lane_scales, bool accumulate,
               MatrixView<float> c, Index j, float* buffer) {
   using Group = LaneGroup<Bits>;
   const __m512 table = _mm512_loadu_ps(w.codebook().table16());
@@ -135,7 +135,7 @@ void lane_dot(const float* x, Index ldx, const QuantizedArrays& w, const LaneSca
 
 /// out_i += Σ_r p(i, k + r)·W(k + r, ·) over K rows of W from k, groups [g0, g1), MR permuted outputs `ldo` apart.
 template <int Bits, int MR, int K>
-void lane_axpy(MatrixView<const float> p, Index k, const QuantizedArrays& w, const LaneScales<Bits>& lane_scales,
+void lane_axpy(MatrixView<const float> p, Index k, const QuantisedArrays& w, const LaneScales<Bits>& lane_scales,
                Index g0, Index g1, float* out, Index ldo, float* buffer) {
   using Group = LaneGroup<Bits>;
   const __m512 table = _mm512_loadu_ps(w.codebook().table16());
@@ -175,7 +175,7 @@ void lane_axpy(MatrixView<const float> p, Index k, const QuantizedArrays& w, con
 
 /// C = accumulate·C + P·Wᵀ, P and C with contiguous rows.
 template <int Bits>
-void lane_forward(MatrixView<const float> p, const QuantizedArrays& w, bool accumulate, MatrixView<float> c) {
+void lane_forward(MatrixView<const float> p, const QuantisedArrays& w, bool accumulate, MatrixView<float> c) {
   thread_local Buffer<float> permuted;
   const Index n = w.cols();
   permuted.resize(p.rows() * n);
@@ -197,7 +197,7 @@ void lane_forward(MatrixView<const float> p, const QuantizedArrays& w, bool accu
 
 /// C = accumulate·C + P·W, P and C with contiguous rows.
 template <int Bits>
-void lane_backward(MatrixView<const float> p, const QuantizedArrays& w, bool accumulate, MatrixView<float> c) {
+void lane_backward(MatrixView<const float> p, const QuantisedArrays& w, bool accumulate, MatrixView<float> c) {
   using Group = LaneGroup<Bits>;
   const LaneScales<Bits> scales(w);
   const Index groups = w.cols() / Group::size;

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// QuantizedMatrix: a frozen weight kept as codes and scales, usable as the base of a layer without ever being widened.
+// QuantisedMatrix: a frozen weight kept as codes and scales, usable as the base of a layer without ever being widened.
 #pragma once
 
 #include <type_traits>
 
 #include "lowrank/linalg/base.hpp"
 #include "lowrank/quant/block_quantiser.hpp"
-#include "lowrank/quant/quantized_products.hpp"
+#include "lowrank/quant/quantised_products.hpp"
 
 namespace lowrank {
 
-/// A frozen weight W, out×in, of codes and scales (see QuantizedArrays), used in T. Satisfies PackableBase, and
+/// A frozen weight W, out×in, of codes and scales (see QuantisedArrays), used in T. Satisfies PackableBase, and
 /// RowReadable: it goes under LoraLinear, DoraLinear and LoraEmbedding.
 ///
 /// **Shapes** W out×in; X tokens×in, Y and G tokens×out, dX tokens×in, in any order.
@@ -20,22 +20,22 @@ namespace lowrank {
 /// up to rounding in T; the same bits for any number of threads.
 /// **Source** Dettmers et al., QLoRA, arXiv 2305.14314; layout of codes and scales as bitsandbytes documents it.
 template <Real T>
-class QuantizedMatrix : public QuantizedArrays {
+class QuantisedMatrix : public QuantisedArrays {
  public:
   using scalar = T;
 
-  QuantizedMatrix() = default;
+  QuantisedMatrix() = default;
 
   /// From arrays somebody else made. `options.double_quantise` is taken from the parts.
   /// **Throws** ShapeError when an array has the wrong length, before anything is allocated; ArgumentError for a bad
   /// block size, a negative scale, both or neither kind of scales; NonFiniteError for scales that are not finite. Any
   /// code bytes are well-defined.
-  QuantizedMatrix(Index rows, Index cols, QuantizeOptions options, const QuantizedParts& parts)
-      : QuantizedArrays("QuantizedMatrix", rows, cols, std::move(options), parts) {}
+  QuantisedMatrix(Index rows, Index cols, QuantiseOptions options, const QuantisedParts& parts)
+      : QuantisedArrays("QuantisedMatrix", rows, cols, std::move(options), parts) {}
 
   /// Zeros of a shape, to be assigned to. **Throws** as the constructor from parts.
-  [[nodiscard]] static QuantizedMatrix zero(Index rows, Index cols, QuantizeOptions options = {}) {
-    return QuantizedMatrix(QuantizedArrays::zero("QuantizedMatrix::zero", rows, cols, std::move(options)));
+  [[nodiscard]] static QuantisedMatrix zero(Index rows, Index cols, QuantiseOptions options = {}) {
+    return QuantisedMatrix(QuantisedArrays::zero("QuantisedMatrix::zero", rows, cols, std::move(options)));
   }
 
   // ---- values
@@ -44,7 +44,7 @@ class QuantizedMatrix : public QuantizedArrays {
   [[nodiscard]] T operator()(Index i, Index j) const {
     if (i < 0 || i >= rows() || j < 0 || j >= cols()) [[unlikely]]
       throw ShapeError(
-          detail::text("QuantizedMatrix: no element (", i, ", ", j, ") in ", detail::shape_text(rows(), cols())));
+          detail::text("QuantisedMatrix: no element (", i, ", ", j, ") in ", detail::shape_text(rows(), cols())));
     float value;
     decode_row(i, j, 1, &value);
     return T(value);
@@ -58,7 +58,7 @@ class QuantizedMatrix : public QuantizedArrays {
   }
   /// The same into memory of the caller's, in any order. **Throws** ShapeError.
   void dequantise(MatrixView<T> out) const {
-    detail::expect_shape("QuantizedMatrix::dequantise", "the output", out.rows(), out.cols(), rows(), cols());
+    detail::expect_shape("QuantisedMatrix::dequantise", "the output", out.rows(), out.cols(), rows(), cols());
     if (cols() == 0) return;
     const Index grain = std::max<Index>(1, 65536 / cols());
     detail::parallel_ranges(rows(), grain, [&](Index i0, Index i1) {
@@ -68,14 +68,14 @@ class QuantizedMatrix : public QuantizedArrays {
   /// Row i of W: the embedding of token i. **Throws** ShapeError when i is no row or `out` not `cols()` long.
   void row(Index i, std::span<T> out) const {
     check_row(i);
-    detail::expect_shape("QuantizedMatrix::row", "the output", Index(1), Index(out.size()), Index(1), cols());
+    detail::expect_shape("QuantisedMatrix::row", "the output", Index(1), Index(out.size()), Index(1), cols());
     write_row(i, MatrixView<T>(out.data(), 1, cols(), std::max<Index>(1, cols()), 1));
   }
   /// Row i into cols() scalars at `out`, unchecked: how an embedding and DoRA read a base (RowReadable).
   void copy_row(Index i, T* out) const { decode_row(i, 0, cols(), out); }
   /// Rows ids[0], ids[1], … of W as the rows of `out`, ids.size()×cols. **Throws** ShapeError.
   void lookup(std::span<const Index> ids, MatrixView<T> out) const {
-    detail::expect_shape("QuantizedMatrix::lookup", "the output", out.rows(), out.cols(), Index(ids.size()), cols());
+    detail::expect_shape("QuantisedMatrix::lookup", "the output", out.rows(), out.cols(), Index(ids.size()), cols());
     for (const Index i : ids) check_row(i);
     for (Index k = 0; k < Index(ids.size()); ++k) write_row(ids[std::size_t(k)], out.row(k));
   }
@@ -84,32 +84,32 @@ class QuantizedMatrix : public QuantizedArrays {
   // ------------------------------------------------------------------------------------------------------
   /// Y = X·Wᵀ or Y += X·Wᵀ. **Throws** ShapeError; ArgumentError when Y overlaps X.
   void forward(MatrixView<const T> X, MatrixView<T> Y, Update update = Update::assign) const {
-    detail::expect_shape("QuantizedMatrix::forward", "X", X.rows(), X.cols(), Y.rows(), cols());
-    detail::expect_shape("QuantizedMatrix::forward", "Y", Y.rows(), Y.cols(), X.rows(), rows());
-    if (detail::overlap(X, Y)) throw ArgumentError("QuantizedMatrix::forward: Y must not overlap X");
-    detail::quantized_forward<T>(X, *this, Y, update);
+    detail::expect_shape("QuantisedMatrix::forward", "X", X.rows(), X.cols(), Y.rows(), cols());
+    detail::expect_shape("QuantisedMatrix::forward", "Y", Y.rows(), Y.cols(), X.rows(), rows());
+    if (detail::overlap(X, Y)) throw ArgumentError("QuantisedMatrix::forward: Y must not overlap X");
+    detail::quantised_forward<T>(X, *this, Y, update);
   }
   /// dX = G·W or dX += G·W. **Throws** ShapeError; ArgumentError when dX overlaps G.
   void backward(MatrixView<const T> G, MatrixView<T> dX, Update update = Update::assign) const {
-    detail::expect_shape("QuantizedMatrix::backward", "G", G.rows(), G.cols(), dX.rows(), rows());
-    detail::expect_shape("QuantizedMatrix::backward", "dX", dX.rows(), dX.cols(), G.rows(), cols());
-    if (detail::overlap(G, dX)) throw ArgumentError("QuantizedMatrix::backward: dX must not overlap G");
-    detail::quantized_backward<T>(G, *this, dX, update);
+    detail::expect_shape("QuantisedMatrix::backward", "G", G.rows(), G.cols(), dX.rows(), rows());
+    detail::expect_shape("QuantisedMatrix::backward", "dX", dX.rows(), dX.cols(), G.rows(), cols());
+    if (detail::overlap(G, dX)) throw ArgumentError("QuantisedMatrix::backward: dX must not overlap G");
+    detail::quantised_backward<T>(G, *this, dX, update);
   }
   /// W and Wᵀ for the packed product; see PackableBase.
-  [[nodiscard]] auto panels() const { return detail::QuantizedSource<T, false>{this}; }
-  [[nodiscard]] auto panels_transposed() const { return detail::QuantizedSource<T, true>{this}; }
+  [[nodiscard]] auto panels() const { return detail::QuantisedSource<T, false>{this}; }
+  [[nodiscard]] auto panels_transposed() const { return detail::QuantisedSource<T, true>{this}; }
 
   /// Replaces the contents by W quantised with the same options; W has the same shape. Reuses the memory there is.
   /// **Throws** ShapeError, NonFiniteError as quantise; the contents are unspecified after a throw.
   template <class S>
   void assign(MatrixView<S> W) {
-    detail::expect_shape("QuantizedMatrix::assign", "W", W.rows(), W.cols(), rows(), cols());
+    detail::expect_shape("QuantisedMatrix::assign", "W", W.rows(), W.cols(), rows(), cols());
     detail::BlockQuantiser<std::remove_const_t<S>>(*this, W).run();
   }
 
  private:
-  explicit QuantizedMatrix(QuantizedArrays arrays) : QuantizedArrays(std::move(arrays)) {}
+  explicit QuantisedMatrix(QuantisedArrays arrays) : QuantisedArrays(std::move(arrays)) {}
 
   void write_row(Index i, MatrixView<T> out) const {
     if constexpr (std::same_as<T, float>)
@@ -123,7 +123,7 @@ class QuantizedMatrix : public QuantizedArrays {
   }
   void check_row(Index i) const {
     if (i < 0 || i >= rows()) [[unlikely]]
-      throw ShapeError(detail::text("QuantizedMatrix: no row ", i, " in ", detail::shape_text(rows(), cols())));
+      throw ShapeError(detail::text("QuantisedMatrix: no row ", i, " in ", detail::shape_text(rows(), cols())));
   }
 };
 

@@ -11,8 +11,8 @@ namespace detail {
 
 /// W (rows = out, depth = in) or Wᵀ (rows = in, depth = out) as an operand of the packed product.
 template <class T, bool Transposed>
-struct QuantizedSource {
-  const QuantizedArrays* q;
+struct QuantisedSource {
+  const QuantisedArrays* q;
 
   [[nodiscard]] Index rows() const { return Transposed ? q->cols() : q->rows(); }
   [[nodiscard]] Index depth() const { return Transposed ? q->rows() : q->cols(); }
@@ -43,7 +43,7 @@ struct QuantizedSource {
 
 /// C = accumulate·C + P·Wᵀ for MR rows of P and rows [j0, j1) of W, by decoding into a buffer that stays in L1.
 template <int MR, class T>
-void quantized_dot(MatrixView<const T> p, const QuantizedArrays& w, bool accumulate, MatrixView<T> c, Index j0,
+void quantised_dot(MatrixView<const T> p, const QuantisedArrays& w, bool accumulate, MatrixView<T> c, Index j0,
                    Index j1) {
   constexpr Index J = 4, strip = 1024;
   T rows[J * strip];
@@ -59,7 +59,7 @@ void quantized_dot(MatrixView<const T> p, const QuantizedArrays& w, bool accumul
 
 /// C(:, j0 … j1) += P·W for MR rows of P, by decoding into a buffer that stays in L1.
 template <int MR, class T>
-void quantized_axpy(MatrixView<const T> p, const QuantizedArrays& w, MatrixView<T> c, Index j0, Index j1) {
+void quantised_axpy(MatrixView<const T> p, const QuantisedArrays& w, MatrixView<T> c, Index j0, Index j1) {
   constexpr Index K = 8, strip = 512;
   T rows[K * strip];
   for (Index k = 0; k < w.rows(); k += K) {
@@ -76,9 +76,9 @@ void quantized_axpy(MatrixView<const T> p, const QuantizedArrays& w, MatrixView<
 /// The lanes of a vector of 16 that lie within `left` elements.
 inline __mmask16 lanes_within(Index left) { return __mmask16(left >= 16 ? 0xffff : (1 << left) - 1); }
 
-/// quantized_dot with codes decoded in registers: four rows of W share the loads of P.
+/// quantised_dot with codes decoded in registers: four rows of W share the loads of P.
 template <class Decoder, int MR>
-void quantized_dot_avx512(MatrixView<const float> p, const QuantizedArrays& w, bool accumulate, MatrixView<float> c,
+void quantised_dot_avx512(MatrixView<const float> p, const QuantisedArrays& w, bool accumulate, MatrixView<float> c,
                           Index j0, Index j1) {
   const Index cols = w.cols(), size = w.layout().block_size;
   const auto rows = [&]<int J>(Index j) {
@@ -120,9 +120,9 @@ void quantized_dot_avx512(MatrixView<const float> p, const QuantizedArrays& w, b
   for (; j < j1; ++j) rows.template operator()<1>(j);
 }
 
-/// quantized_axpy with codes decoded in registers: eight rows of W share the loads and stores of C. j0 starts a block.
+/// quantised_axpy with codes decoded in registers: eight rows of W share the loads and stores of C. j0 starts a block.
 template <class Decoder, int MR>
-void quantized_axpy_avx512(MatrixView<const float> p, const QuantizedArrays& w, MatrixView<float> c, Index j0,
+void quantised_axpy_avx512(MatrixView<const float> p, const QuantisedArrays& w, MatrixView<float> c, Index j0,
                            Index j1) {
   const Index size = w.layout().block_size;
   const auto rows = [&]<int K>(Index k) {
@@ -164,7 +164,7 @@ void quantized_axpy_avx512(MatrixView<const float> p, const QuantizedArrays& w, 
 
 /// C = accumulate·C + P·Wᵀ for few rows of P; P and C have contiguous rows.
 template <Path Kernel = native_path, class T>
-void quantized_few_forward(MatrixView<const T> p, const QuantizedArrays& w, bool accumulate, MatrixView<T> c) {
+void quantised_few_forward(MatrixView<const T> p, const QuantisedArrays& w, bool accumulate, MatrixView<T> c) {
 #if defined(LOWRANK_QUANT_AVX512)
   if constexpr (Kernel == Path::avx512 && std::same_as<T, float>)
     if (has_lane_products(w))
@@ -178,17 +178,17 @@ void quantized_few_forward(MatrixView<const T> p, const QuantizedArrays& w, bool
 #if defined(LOWRANK_QUANT_AVX512)
       if constexpr (Kernel == Path::avx512 && std::same_as<T, float>)
         if (w.layout().rows_start_blocks() &&
-            with_decoder(w.codebook(), [&]<class D>() { quantized_dot_avx512<D, MR>(pi, w, accumulate, ci, j0, j1); }))
+            with_decoder(w.codebook(), [&]<class D>() { quantised_dot_avx512<D, MR>(pi, w, accumulate, ci, j0, j1); }))
           return;
 #endif
-      quantized_dot<MR>(pi, w, accumulate, ci, j0, j1);
+      quantised_dot<MR>(pi, w, accumulate, ci, j0, j1);
     });
   });
 }
 
 /// C = accumulate·C + P·W for few rows of P; P and C have contiguous rows.
 template <Path Kernel = native_path, class T>
-void quantized_few_backward(MatrixView<const T> p, const QuantizedArrays& w, bool accumulate, MatrixView<T> c) {
+void quantised_few_backward(MatrixView<const T> p, const QuantisedArrays& w, bool accumulate, MatrixView<T> c) {
 #if defined(LOWRANK_QUANT_AVX512)
   if constexpr (Kernel == Path::avx512 && std::same_as<T, float>)
     if (has_lane_products(w))
@@ -208,10 +208,10 @@ void quantized_few_backward(MatrixView<const T> p, const QuantizedArrays& w, boo
 #if defined(LOWRANK_QUANT_AVX512)
       if constexpr (Kernel == Path::avx512 && std::same_as<T, float>)
         if (w.layout().rows_start_blocks() &&
-            with_decoder(w.codebook(), [&]<class D>() { quantized_axpy_avx512<D, MR>(pi, w, ci, j0, j1); }))
+            with_decoder(w.codebook(), [&]<class D>() { quantised_axpy_avx512<D, MR>(pi, w, ci, j0, j1); }))
           return;
 #endif
-      quantized_axpy<MR>(pi, w, ci, j0, j1);
+      quantised_axpy<MR>(pi, w, ci, j0, j1);
     });
   });
 }
@@ -235,22 +235,22 @@ bool nothing_to_multiply(MatrixView<T> c, Index depth, Update update) {
 
 /// Y = X·Wᵀ or Y += X·Wᵀ; shapes fit.
 template <class T>
-void quantized_forward(MatrixView<const T> X, const QuantizedArrays& w, MatrixView<T> Y, Update update) {
+void quantised_forward(MatrixView<const T> X, const QuantisedArrays& w, MatrixView<T> Y, Update update) {
   if (nothing_to_multiply(Y, w.cols(), update)) return;
   const bool accumulate = update == Update::accumulate;
   if (X.rows() <= few_rows_limit && X.is_row_major() && Y.is_row_major())
-    return quantized_few_forward(X, w, accumulate, Y);
-  packed_product(X, QuantizedSource<T, false>{&w}, accumulate, Y);
+    return quantised_few_forward(X, w, accumulate, Y);
+  packed_product(X, QuantisedSource<T, false>{&w}, accumulate, Y);
 }
 
 /// dX = G·W or dX += G·W; shapes fit.
 template <class T>
-void quantized_backward(MatrixView<const T> G, const QuantizedArrays& w, MatrixView<T> dX, Update update) {
+void quantised_backward(MatrixView<const T> G, const QuantisedArrays& w, MatrixView<T> dX, Update update) {
   if (nothing_to_multiply(dX, w.rows(), update)) return;
   const bool accumulate = update == Update::accumulate;
   if (G.rows() <= few_rows_limit && G.is_row_major() && dX.is_row_major())
-    return quantized_few_backward(G, w, accumulate, dX);
-  packed_product(G, QuantizedSource<T, true>{&w}, accumulate, dX);
+    return quantised_few_backward(G, w, accumulate, dX);
+  packed_product(G, QuantisedSource<T, true>{&w}, accumulate, dX);
 }
 
 }  // namespace detail

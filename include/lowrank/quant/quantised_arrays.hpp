@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// QuantizedArrays: codes, scales and zeros of a matrix, and where each element's are; values in float.
+// QuantisedArrays: codes, scales and zeros of a matrix, and where each element's are; values in float.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@
 
 namespace lowrank {
 
-struct QuantizeOptions {
+struct QuantiseOptions {
   Codebook codebook = Codebook::nf4();
   /// Elements that share a scale: a power of two, 32 … 4096.
   Index block_size = 64;
@@ -30,7 +30,7 @@ struct QuantizeOptions {
 };
 
 /// A quantised matrix as plain arrays, the way files hold it. Everything is copied.
-struct QuantizedParts {
+struct QuantisedParts {
   /// Packed codes, see BlockLayout.
   std::span<const std::uint8_t> codes = {};
   /// One scale a block; empty when the scales are quantised themselves.
@@ -49,19 +49,19 @@ template <class S>
 class BlockQuantiser;
 }  // namespace detail
 
-/// W, out×in, as codes of 1 … 8 bits and a scale for each block of elements: what a QuantizedMatrix keeps, whatever the
+/// W, out×in, as codes of 1 … 8 bits and a scale for each block of elements: what a QuantisedMatrix keeps, whatever the
 /// type it computes in.
 ///
 /// value(i, j) = table[code(i, j)] · scale(block of (i, j)), in float. **Cost** memory: codes and scales only (4.5 bits
 /// a weight for NF4 in blocks of 64, 4.13 double-quantised).
-class QuantizedArrays {
+class QuantisedArrays {
  public:
-  QuantizedArrays() = default;
+  QuantisedArrays() = default;
 
-  /// From arrays somebody else made; see QuantizedMatrix. Lengths are compared with the layout before anything is
+  /// From arrays somebody else made; see QuantisedMatrix. Lengths are compared with the layout before anything is
   /// allocated.
-  QuantizedArrays(const char* where, Index rows, Index cols, QuantizeOptions options, const QuantizedParts& parts)
-      : QuantizedArrays(where, rows, cols, std::move(options)) {
+  QuantisedArrays(const char* where, Index rows, Index cols, QuantiseOptions options, const QuantisedParts& parts)
+      : QuantisedArrays(where, rows, cols, std::move(options)) {
     expect_length(where, "codes", parts.codes.size(), layout_.code_bytes());
     expect_length(where, "zeros", parts.zeros.size(), is_affine() ? layout_.block_count() : 0);
     const bool nested = !parts.nested_codes.empty();
@@ -82,8 +82,8 @@ class QuantizedArrays {
   }
 
   /// Zeros of a shape.
-  [[nodiscard]] static QuantizedArrays zero(const char* where, Index rows, Index cols, QuantizeOptions options) {
-    QuantizedArrays q(where, rows, cols, std::move(options));
+  [[nodiscard]] static QuantisedArrays zero(const char* where, Index rows, Index cols, QuantiseOptions options) {
+    QuantisedArrays q(where, rows, cols, std::move(options));
     q.clear_codes();
     const std::vector<float> none(std::size_t(q.layout_.block_count()), 0.0F);
     q.set_scales(none);
@@ -94,7 +94,7 @@ class QuantizedArrays {
   [[nodiscard]] Index rows() const noexcept { return layout_.rows; }
   [[nodiscard]] Index cols() const noexcept { return layout_.cols; }
   [[nodiscard]] const Codebook& codebook() const noexcept { return options_.codebook; }
-  [[nodiscard]] const QuantizeOptions& options() const noexcept { return options_; }
+  [[nodiscard]] const QuantiseOptions& options() const noexcept { return options_; }
   [[nodiscard]] const BlockLayout& layout() const noexcept { return layout_; }
 
   // ---- the arrays, as a file wants them
@@ -164,7 +164,7 @@ class QuantizedArrays {
   };
 
   /// Options and layout alone.
-  QuantizedArrays(const char* where, Index rows, Index cols, QuantizeOptions options)
+  QuantisedArrays(const char* where, Index rows, Index cols, QuantiseOptions options)
       : options_(std::move(options)),
         layout_(BlockLayout::of(where, rows, cols, options_.block_size, options_.blocking, options_.codebook.bits())) {
     if (options_.double_block_size < 32 || options_.double_block_size > 4096)
@@ -224,7 +224,7 @@ class QuantizedArrays {
     if (s < 0)
       throw ArgumentError(detail::text(where, ": ", what, " of block ", b, " must not be negative, got ", double(s)));
   }
-  void take_nested(const char* where, const QuantizedParts& p) {
+  void take_nested(const char* where, const QuantisedParts& p) {
     if (p.nested_block_size < 1)
       throw ArgumentError(detail::text(where, ": nested_block_size must be positive, got ", p.nested_block_size));
     expect_length(where, "nested_codes", p.nested_codes.size(), layout_.block_count());
@@ -245,7 +245,7 @@ class QuantizedArrays {
         throw NonFiniteError(detail::text(where, ": the nested scale of block ", b, " is not finite"));
   }
 
-  QuantizeOptions options_;
+  QuantiseOptions options_;
   BlockLayout layout_;
   Buffer<std::uint8_t> codes_;
   detail::ScaleTable scales_;

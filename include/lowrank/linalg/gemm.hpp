@@ -2,6 +2,7 @@
 // gemm: the matrix product on views. The only algorithm that looks at storage orders.
 #pragma once
 
+#include "lowrank/core/scalar.hpp"
 #include "lowrank/core/view_of.hpp"
 #include "lowrank/linalg/detail/blas.hpp"
 #include "lowrank/linalg/detail/few_rows.hpp"

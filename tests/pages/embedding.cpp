@@ -90,6 +90,16 @@ TEST_CASE("embedding.md: your optimizer") {
   auto &q = first.layer, &v = second.layer;
   //@ block
   CHECK(optimised == 2 * 4 * (in + out));
+  {
+    for (float& g : flat.gradients()) g = 1;
+    const std::vector<float> before(flat.values().begin(), flat.values().end());
+    //@ block
+    CHECK(lowrank::norm(std::span<const float>(flat.gradients())) == doctest::Approx(1));
+    // The first step of Adam is the rate long in every coordinate, up to the decay: 2e-6, in B 16 times that.
+    const float a = before[0] - flat.values()[0], b = before[4 * in] - flat.values()[4 * in];
+    CHECK(a == doctest::Approx(2e-6).epsilon(0.2));
+    CHECK(b == doctest::Approx(32e-6).epsilon(0.2));
+  }
   const auto X = test::random_matrix<float>(tokens, in, 7), G = test::random_matrix<float>(tokens, out, 8);
   lowrank::Matrix<float> Y(tokens, out);
   for (auto* one : {&first, &second}) {

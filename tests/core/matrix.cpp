@@ -190,7 +190,7 @@ TEST_CASE("what a part of a parallel loop throws arrives, and only after every p
       }
     });
   };
-  CHECK_THROWS_WITH_AS(run(ArgumentError("of a part")), "of a part", ArgumentError);
+  CHECK_THROWS_WITH_AS(run(lowrank::ArgumentError("of a part")), "of a part", lowrank::ArgumentError);
   CHECK_THROWS_AS(run(std::bad_alloc()), std::bad_alloc);
   CHECK_THROWS_AS(run(42), int);
 #if defined(_OPENMP)
@@ -199,9 +199,9 @@ TEST_CASE("what a part of a parallel loop throws arrives, and only after every p
   // One part of many.
   CHECK_THROWS_AS(lowrank::parallel_parts(4,
                                           [](int p, int) {
-                                            if (p == 2) throw ShapeError("two");
+                                            if (p == 2) throw lowrank::ShapeError("two");
                                           }),
-                  ShapeError);
+                  lowrank::ShapeError);
   std::atomic<int> sum = 0;
   lowrank::parallel_parts(4, [&](int p, int) { sum += p; });  // nothing is left of it
   CHECK(sum == 6);

@@ -42,18 +42,18 @@ Outcome split(const MethodOptions& o, MatrixView<const S> W, std::uint64_t seed)
   const FactorStorage storage = factor_storage(o.dtype);
   if constexpr (std::is_same_v<S, float>) {
     if (o.method == "milora")
-      return finish(milora<Base>(W, {.rank = o.rank,
+      return finish(milora<float, Base>(W, {.rank = o.rank,
                                      .alpha = o.alpha,
                                      .rank_stabilised = o.rslora,
                                      .factor_storage = storage,
                                      .svd = {.seed = seed}}));
     if (o.method == "olora")
       return finish(
-          olora<Base>(W, {.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .factor_storage = storage}));
+          olora<float, Base>(W, {.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .factor_storage = storage}));
   }
   PissaOptions p{.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .factor_storage = storage};
   p.svd.seed = seed;
-  return finish(pissa<Base>(W, p));
+  return finish(pissa<float, Base>(W, p));
 }
 
 template <class S>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "lowrank/core/matrix_view.hpp"
 
@@ -24,17 +25,27 @@ inline int max_threads() {
 
 namespace detail {
 
-/// Calls f(part, parts) once for every part in [0, parts), on as many threads. f must not throw.
-template <class F>
-void parallel_parts(int parts, F&& f) {
+/// A part of some parallel loop behind one type: f(part, parts).
+using PartFunction = void (*)(const void* f, int part, int parts);
+
+/// The one parallel loop a program holds: inlined where it is used, every body would be compiled twice.
+[[gnu::noinline]] inline void run_parts(int parts, PartFunction call, const void* f) {
 #if defined(_OPENMP)
   if (parts > 1) {
 #pragma omp parallel for schedule(static, 1) num_threads(parts)
-    for (int p = 0; p < parts; ++p) f(p, parts);
+    for (int p = 0; p < parts; ++p) call(f, p, parts);
     return;
   }
 #endif
-  for (int p = 0; p < parts; ++p) f(p, parts);
+  for (int p = 0; p < parts; ++p) call(f, p, parts);
+}
+
+/// Calls f(part, parts) once for every part in [0, parts), on as many threads. f must not throw.
+template <class F>
+void parallel_parts(int parts, F&& f) {
+  using Body = std::remove_reference_t<F>;
+  run_parts(
+      parts, [](const void* body, int part, int of) { (*static_cast<Body*>(const_cast<void*>(body)))(part, of); }, &f);
 }
 
 /// Splits [0, n) into at most max_threads() ranges of at least `grain` and calls f(begin, end) on each. f must not

@@ -37,7 +37,7 @@ Svd<T> dense_svd(MatrixView<T> A, const char* where) {
 
 /// `largest`: the largest magnitude in W.
 template <class T, class S>
-Svd<T> svd_of(MatrixView<const S> W, double largest) {
+[[gnu::cold]] Svd<T> svd_of(MatrixView<const S> W, double largest) {
   constexpr const char* where = "svd";
   if (W.rows() < W.cols()) {
     Svd<T> swapped = svd_of<T, S>(W.transposed(), largest);

@@ -11,6 +11,25 @@
 #include "lowrank/linalg/truncated_svd_result.hpp"
 
 namespace lowrank {
+namespace detail {
+
+/// What truncated_svd computes, of any operator over T.
+template <Real T>
+[[gnu::cold]] TruncatedSvd<T> truncated_svd_of(AnyOperator<T> A, Index rank, const TruncatedSvdOptions& options,
+                                               MatrixView<const T> start) {
+  check_rank("truncated_svd", rank, A.rows(), A.cols());
+  check_options("truncated_svd", options);
+  if (!start.empty() && start.rows() != A.cols())
+    throw ShapeError(text("truncated_svd: start must have A's ", A.cols(), " columns as rows, got ",
+                          shape_text(start.rows(), start.cols())));
+  if (options.check_adjoint) check_adjoint_of<T>(A, options.seed);
+  BlockKrylov<T> iteration(A, rank, options);
+  TruncatedSvd<T> found = iteration.run(start);
+  return options.seek_copies && iteration.may_hide_copies() ? with_hidden_copies<T>(A, options, std::move(found))
+                                                            : found;
+}
+
+}  // namespace detail
 
 /// The top `rank` singular triplets of A by block Krylov iteration: A ≈ U·diag(S)·Vᵀ.
 ///
@@ -33,17 +52,7 @@ template <Real T, class Op>
 requires LinearOperator<Op, T> TruncatedSvd<T> truncated_svd(const Op& A, Index rank,
                                                              const TruncatedSvdOptions& options = {},
                                                              std::type_identity_t<MatrixView<const T>> start = {}) {
-  detail::check_rank("truncated_svd", rank, A.rows(), A.cols());
-  detail::check_options("truncated_svd", options);
-  if (!start.empty() && start.rows() != Index(A.cols()))
-    throw ShapeError(detail::text("truncated_svd: start must have A's ", Index(A.cols()), " columns as rows, got ",
-                                  detail::shape_text(start.rows(), start.cols())));
-  if (options.check_adjoint) check_adjoint<T>(A, options.seed);
-  detail::BlockKrylov<T, Op> iteration(A, rank, options);
-  TruncatedSvd<T> found = iteration.run(start);
-  return options.seek_copies && iteration.may_hide_copies()
-             ? detail::with_hidden_copies<T>(A, options, std::move(found))
-             : found;
+  return detail::truncated_svd_of<T>(A, rank, options, start);
 }
 
 /// As above for an operator that names its scalar, as all of this library do.

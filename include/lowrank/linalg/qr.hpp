@@ -145,3 +145,14 @@ requires RealMatrix<const X&> Qr<scalar_of<const X&>> thin_qr(const X& A) {
 }
 
 }  // namespace lowrank
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank {
+extern template void thin_qr_in_place(MatrixView<float>, MatrixView<float>);
+extern template void thin_qr_in_place(MatrixView<double>, MatrixView<double>);
+extern template void detail::qr_recursive(MatrixView<float>, MatrixView<float>, MatrixView<float>,
+                                          detail::QrScratch<float>&);
+extern template void detail::qr_recursive(MatrixView<double>, MatrixView<double>, MatrixView<double>,
+                                          detail::QrScratch<double>&);
+}  // namespace lowrank
+#endif

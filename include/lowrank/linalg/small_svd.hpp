@@ -110,3 +110,10 @@ template <Real T>
 }
 
 }  // namespace lowrank
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank {
+extern template Svd<float> small_svd(MatrixView<const float>);
+extern template Svd<double> small_svd(MatrixView<const double>);
+}  // namespace lowrank
+#endif

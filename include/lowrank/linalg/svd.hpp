@@ -87,3 +87,12 @@ auto svd(X&& W) {
 }
 
 }  // namespace lowrank
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank::detail {
+extern template Svd<float> svd_of(MatrixView<const float>, double);
+extern template Svd<double> svd_of(MatrixView<const double>, double);
+extern template Svd<float> svd_of(MatrixView<const bf16>, double);
+extern template Svd<float> svd_of(MatrixView<const f16>, double);
+}  // namespace lowrank::detail
+#endif

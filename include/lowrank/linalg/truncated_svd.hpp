@@ -29,6 +29,18 @@ template <Real T>
                                                             : found;
 }
 
+/// Of a dense matrix stored as S.
+template <Real T, class S>
+[[gnu::cold]] TruncatedSvd<T> truncated_svd_of_dense(MatrixView<const S> A, Index rank,
+                                                     const TruncatedSvdOptions& options, MatrixView<const T> start) {
+  try {
+    return truncated_svd_of<T>(dense_operator<T, S>(A), rank, options, start);
+  } catch (const NonFiniteError&) {
+    expect_finite("truncated_svd", "A", A);  // says which element, if it is A's
+    throw;
+  }
+}
+
 }  // namespace detail
 
 /// The top `rank` singular triplets of A by block Krylov iteration: A ≈ U·diag(S)·Vᵀ.
@@ -65,18 +77,28 @@ requires(!MatrixLike<const Op&> && LinearOperator<Op, typename Op::scalar>)
 
 /// As above for a dense matrix in any order: float, double, or bf16 / f16 storage with the result in float.
 template <class W>
-requires MatrixLike<const W&>
-auto truncated_svd(
+requires MatrixLike<const W&> TruncatedSvd<arithmetic_of<scalar_of<const W&>>> truncated_svd(
     const W& A, Index rank, const TruncatedSvdOptions& options = {},
-    MatrixView<const std::conditional_t<std::is_same_v<scalar_of<const W&>, double>, double, float>> start = {}) {
+    MatrixView<const arithmetic_of<scalar_of<const W&>>> start = {}) {
   using S = scalar_of<const W&>;
-  using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
-  try {
-    return truncated_svd<T>(dense_operator<T, S>(view_of(A)), rank, options, start);
-  } catch (const NonFiniteError&) {
-    detail::expect_finite("truncated_svd", "A", MatrixView<const S>(view_of(A)));  // says which element, if it is A's
-    throw;
-  }
+  return detail::truncated_svd_of_dense<arithmetic_of<S>, S>(view_of(A), rank, options, start);
 }
 
 }  // namespace lowrank
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank::detail {
+extern template TruncatedSvd<float> truncated_svd_of(AnyOperator<float>, Index, const TruncatedSvdOptions&,
+                                                     MatrixView<const float>);
+extern template TruncatedSvd<double> truncated_svd_of(AnyOperator<double>, Index, const TruncatedSvdOptions&,
+                                                      MatrixView<const double>);
+extern template TruncatedSvd<float> truncated_svd_of_dense(MatrixView<const float>, Index, const TruncatedSvdOptions&,
+                                                           MatrixView<const float>);
+extern template TruncatedSvd<double> truncated_svd_of_dense(MatrixView<const double>, Index, const TruncatedSvdOptions&,
+                                                            MatrixView<const double>);
+extern template TruncatedSvd<float> truncated_svd_of_dense(MatrixView<const bf16>, Index, const TruncatedSvdOptions&,
+                                                           MatrixView<const float>);
+extern template TruncatedSvd<float> truncated_svd_of_dense(MatrixView<const f16>, Index, const TruncatedSvdOptions&,
+                                                           MatrixView<const float>);
+}  // namespace lowrank::detail
+#endif

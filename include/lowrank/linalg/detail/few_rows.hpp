@@ -142,3 +142,13 @@ void few_rows_product(T alpha, MatrixView<const T> p, MatrixView<const S> q, boo
 }
 
 }  // namespace lowrank::detail
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank::detail {
+extern template void few_rows_product(float, MatrixView<const float>, MatrixView<const float>, bool, MatrixView<float>);
+extern template void few_rows_product(double, MatrixView<const double>, MatrixView<const double>, bool,
+                                      MatrixView<double>);
+extern template void few_rows_product(float, MatrixView<const float>, MatrixView<const bf16>, bool, MatrixView<float>);
+extern template void few_rows_product(float, MatrixView<const float>, MatrixView<const f16>, bool, MatrixView<float>);
+}  // namespace lowrank::detail
+#endif

@@ -202,3 +202,14 @@ void gemm_packed_upper(T alpha, const std::type_identity_t<AnySource<T>>& p,
 }
 
 }  // namespace lowrank::detail
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank::detail {
+extern template void gemm_packed(float, const AnySource<float>&, const AnySource<float>&, bool, MatrixView<float>);
+extern template void gemm_packed(double, const AnySource<double>&, const AnySource<double>&, bool, MatrixView<double>);
+extern template void gemm_packed_upper(float, const AnySource<float>&, const AnySource<float>&, bool,
+                                       MatrixView<float>);
+extern template void gemm_packed_upper(double, const AnySource<double>&, const AnySource<double>&, bool,
+                                       MatrixView<double>);
+}  // namespace lowrank::detail
+#endif

@@ -322,3 +322,20 @@ double sum_of_squared_rows(const Rows& W) {
 }
 
 }  // namespace lowrank::detail
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank::detail {
+extern template void streamed_pass_of(Pass, const AnyRows<float>&, MatrixView<const float>, MatrixView<float>,
+                                      MatrixView<float>, PanelAdjustment<float>);
+extern template void streamed_pass_of(Pass, const AnyRows<double>&, MatrixView<const double>, MatrixView<double>,
+                                      MatrixView<double>, PanelAdjustment<double>);
+extern template void streamed_pass_of(Pass, const AnyRows<bf16>&, MatrixView<const float>, MatrixView<float>,
+                                      MatrixView<float>, PanelAdjustment<float>);
+extern template void streamed_pass_of(Pass, const AnyRows<f16>&, MatrixView<const float>, MatrixView<float>,
+                                      MatrixView<float>, PanelAdjustment<float>);
+extern template double sum_of_squares_of<float>(const AnyRows<float>&);
+extern template double sum_of_squares_of<double>(const AnyRows<double>&);
+extern template double sum_of_squares_of<float>(const AnyRows<bf16>&);
+extern template double sum_of_squares_of<float>(const AnyRows<f16>&);
+}  // namespace lowrank::detail
+#endif

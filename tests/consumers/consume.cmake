@@ -1,4 +1,4 @@
-# cmake -DROOT=... -DKIND=find_package|blas|fetch_content|add_subdirectory|plain -DWORK=... -P consume.cmake
+# cmake -DROOT=... -DKIND=find_package|bare|blas|fetch_content|add_subdirectory|plain -DWORK=... -P consume.cmake
 cmake_minimum_required(VERSION 3.20)
 set(dir ${WORK}/${KIND})
 file(REMOVE_RECURSE ${dir})
@@ -31,7 +31,21 @@ if(KIND STREQUAL "blas")  # what is handed to BLAS and LAPACK, through an instal
   file(COPY ${CBLAS} DESTINATION ${dir}/include)
   set(user_options -DLOWRANK_CBLAS_INCLUDE=${dir}/include -DCMAKE_CXX_FLAGS_DEBUG=-O1)
 endif()
-if(KIND MATCHES "^(find_package|blas)$")
+set(project ${KIND})
+if(KIND STREQUAL "bare")  # a machine that has a compiler and nothing else: neither Eigen nor any other library
+  set(project find_package)
+  set(options -DLOWRANK_WITH_OPENMP=OFF)
+  foreach(package Eigen3 nlohmann_json xtensor Torch)
+    list(APPEND options -DCMAKE_DISABLE_FIND_PACKAGE_${package}=ON)
+  endforeach()
+  # FindMPI itself is to look and not to find: a compiler that compiles nothing.
+  find_program(TRUE_PROGRAM true REQUIRED)
+  list(APPEND options -DMPI_CXX_COMPILER=${TRUE_PROGRAM})
+  set(user_options ${options} -DCMAKE_EXPORT_COMPILE_COMMANDS=ON)
+elseif(KIND STREQUAL "find_package")
+  set(user_options "-DEXPECTED_PARTS=${PARTS}")
+endif()
+if(KIND MATCHES "^(find_package|bare|blas)$")
   run(${configure} -S ${ROOT} -B ${dir}/library -DLOWRANK_BUILD_TESTS=OFF -DLOWRANK_BUILD_EXAMPLES=OFF ${options})
   run(${CMAKE_COMMAND} --install ${dir}/library --prefix ${dir}/first)
   # Nothing installed may point back: neither to the tree nor to where it was installed first.
@@ -47,9 +61,18 @@ if(KIND MATCHES "^(find_package|blas)$")
   endforeach()
   file(RENAME ${dir}/first ${dir}/moved)
 endif()
-run(${configure} -S ${ROOT}/tests/consumers/${KIND} -B ${dir}/build -DLOWRANK_ROOT=${ROOT}
+run(${configure} -S ${ROOT}/tests/consumers/${project} -B ${dir}/build -DLOWRANK_ROOT=${ROOT}
     -DCMAKE_PREFIX_PATH=${dir}/moved ${user_options})
 run(${CMAKE_COMMAND} --build ${dir}/build)
+if(KIND STREQUAL "bare")
+  file(READ ${dir}/build/compile_commands.json commands)
+  string(REPLACE "${dir}" "" commands "${commands}")
+  string(REPLACE "${ROOT}" "" commands "${commands}")
+  string(REPLACE "-isystem /moved/include" "" commands "${commands}")
+  if(commands MATCHES "([Ee]igen|-DWITH_|-isystem)" OR NOT commands MATCHES "parts\\.cpp")
+    message(FATAL_ERROR "${CMAKE_MATCH_1}: the library is to stand on its own include path here:\n${commands}")
+  endif()
+endif()
 run(${dir}/build/consumer)
 message("${output}")
 if(EXISTS ${dir}/build/consumer_parts)

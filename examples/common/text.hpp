@@ -2,12 +2,10 @@
 // Words for the messages of the two programs.
 #pragma once
 
-#include <cstddef>
+#include <cstdio>
 #include <string>
 #include <string_view>
 #include <type_traits>
-
-#include <cstdio>
 
 namespace common {
 

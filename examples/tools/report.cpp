@@ -3,9 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <functional>
 
 #include "tool.hpp"
 
@@ -17,26 +15,7 @@ std::string format(const char* pattern, Args... args) {
   std::snprintf(buffer, sizeof buffer, pattern, args...);
   return buffer;
 }
-
-CLI::Validator number(std::function<bool(double)> good, const std::string& expected) {
-  return {[good = std::move(good), expected](std::string& text) -> std::string {
-            double x = 0;
-            if (CLI::detail::lexical_cast(text, x) && std::abs(x) < 9e18 && good(x)) return {};
-            return "expected a number " + expected + ", got " + text;
-          },
-          ""};
-}
 }  // namespace
-
-CLI::Validator positive() {
-  return number([](double x) { return x > 0; }, "above 0");
-}
-CLI::Validator not_negative() {
-  return number([](double x) { return x >= 0; }, "not below 0");
-}
-CLI::Validator between(double low, double high) {
-  return number([=](double x) { return x >= low && x <= high; }, format("from %g to %g", low, high));
-}
 
 CLI::App* add_command(CLI::App& app, const std::string& name, const std::string& description, Common& common) {
   CLI::App* sub = app.add_subcommand(name, description);

@@ -15,6 +15,7 @@
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
@@ -39,10 +40,30 @@ struct Common {
 /// Adds a subcommand with --json and --quiet.
 CLI::App* add_command(CLI::App& app, const std::string& name, const std::string& description, Common& common);
 
-/// Checks of an option's number, NaN and what no integer holds refused: above 0; 0 or more; from `low` to `high`.
+/// Checks of an option's number, NaN and what no integer holds refused: above 0; 0 or more; from `low` to `high`; any
+/// but infinity.
 CLI::Validator positive();
 CLI::Validator not_negative();
 CLI::Validator between(double low, double high);
+CLI::Validator finite_number();
+/// Of a whole number: from `low` to `high`; of a seed, whatever 64 bits hold; of a rank or a count, from 1.
+CLI::Validator whole(std::uint64_t low, std::uint64_t high);
+CLI::Validator seed();
+CLI::Validator count();
+
+/// An option that counts in some modes only: whether it does in this one; what the mode is, "with --method cat"; and a
+/// sentence on what it is for.
+struct Use {
+  const char* option;
+  bool used;
+  std::string mode, users;
+};
+/// **Throws** UsageError for an option that was given and has no use: nothing a user said is ignored.
+void expect_used(const CLI::App* sub, std::initializer_list<Use> uses);
+
+/// What to say of a word that is no subcommand, and of words that a parse left over: the nearest name there is.
+std::string unknown_subcommand(const CLI::App& app, const std::string& word);
+std::string unexpected_words(const CLI::App& app);
 
 /// Makes a subcommand known to main(). `order` is its place in the help.
 class Registration {

@@ -154,8 +154,7 @@ Combined<float> combine(const Combine& o, const std::vector<Weighted<float>>& li
 
 void run(const Combine& o) {
   if (!o.weights.empty() && o.weights.size() != o.adapters.size())
-    throw UsageError(lowrank::detail::text("combine: ", o.adapters.size(), " adapters need as many weights, got ",
-                                           o.weights.size()));
+    throw UsageError(text("combine: ", o.adapters.size(), " adapters need as many weights, got ", o.weights.size()));
   if (!o.weights.empty() && std::all_of(o.weights.begin(), o.weights.end(), [](double w) { return w == 0; }))
     throw UsageError("combine: all weights are 0, and nothing would be left");
   expect_no_changed_base(o.output);

@@ -93,7 +93,7 @@ void run(const Options& o) {
   }
   expect_something(o.tuned, o.filter, jobs.size(), names, skipped);
   note_quantised(o.scan.common, {&list, &tuned_list});
-  const std::string settings = lowrank::detail::text("intruders k ", o.intruders.k, " epsilon ", o.intruders.epsilon);
+  const std::string settings = text("intruders k ", o.intruders.k, " epsilon ", o.intruders.epsilon);
   auto result = run_scan(o.scan, "intruders", fingerprint({o.base, o.tuned}, settings), jobs);
   result.skipped.insert(result.skipped.end(), skipped.begin(), skipped.end());
   std::string table = "intruders  energy  matrix\n";

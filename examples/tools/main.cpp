@@ -10,8 +10,8 @@
 #include <cstdio>
 #include <filesystem>
 #include <new>
-#include <string_view>
 
+#include "common/cli.hpp"
 #include "interrupt.hpp"
 #include "tool.hpp"
 
@@ -28,27 +28,7 @@ std::vector<Entry>& entries() {
   return list;
 }
 
-/// One line on stderr, whatever the message holds.
-int complain(int code, std::string message) {
-  std::replace(message.begin(), message.end(), '\n', ' ');
-  std::fprintf(stderr, "lowrank: %s\n", message.c_str());
-  return code;
-}
-
-/// What to say of a command line that does not parse, and of which subcommand the help would tell more.
-int complain_of_usage(const CLI::App& app, const CLI::ParseError& e) {
-  const auto chosen = app.get_subcommands();
-  const std::string name = chosen.empty() ? std::string() : chosen.front()->get_name();
-  std::string what = e.what();
-  constexpr std::string_view converting = "Could not convert: ";
-  if (dynamic_cast<const CLI::ExtrasError*>(&e) != nullptr) {
-    if (const std::string words = unexpected_words(app); !words.empty()) what = words;
-  } else if (what.starts_with(converting)) {  // the words of a conversion, of which no check said more
-    what = "not a value this option takes: " + what.substr(converting.size());
-  }
-  if (!name.empty() && !what.starts_with(name + ": ")) what = name + ": " + what;
-  return complain(2, what + " (see lowrank " + (name.empty() ? "" : name + " ") + "--help)");
-}
+int complain(int code, const std::string& message) { return common::complain("lowrank", code, message); }
 
 int run(std::vector<std::string> words) {
   CLI::App app{"Low-rank adapters of real checkpoints: initialise, extract, resize, merge, combine, convert, inspect."};
@@ -60,14 +40,10 @@ int run(std::vector<std::string> words) {
   for (const Entry& e : list) e.add(app);
   for (CLI::App* sub : app.get_subcommands(nullptr))
     sub->preparse_callback([name = sub->get_name()](std::size_t) { describe_interruption(name); });
-  if (!words.empty() && words[0] == "help") {  // lowrank help SUBCOMMAND
+  if (!words.empty() && words[0] == "help") {  // lowrank help [SUBCOMMAND]
     words.erase(words.begin());
-    words.resize(std::min<std::size_t>(words.size(), 1));
     words.emplace_back("--help");
   }
-  if (!words.empty() && !words[0].starts_with('-') &&
-      app.get_subcommands([&](const CLI::App* sub) { return sub->get_name() == words[0]; }).empty())
-    return complain(2, unknown_subcommand(app, words[0]) + " (see lowrank --help)");
   std::reverse(words.begin(), words.end());  // as CLI11 wants them
   try {
     watch_for_interrupts();
@@ -76,7 +52,7 @@ int run(std::vector<std::string> words) {
     return 0;
   } catch (const CLI::ParseError& e) {
     if (e.get_exit_code() == 0) return app.exit(e);  // --help, --version
-    return complain_of_usage(app, e);
+    return complain(2, common::explain(app, e));
   } catch (const Interrupted& e) {
     say_interrupted();
     return e.exit_code();

@@ -323,12 +323,10 @@ void run(const Options& o) {
     files.commit();
   }
   if (check.strangers() > 0)
-    notes.push_back(
-        lowrank::detail::text(check.strangers(), " weights of the base are not the ones the adapter was made with"));
+    notes.push_back(text(check.strangers(), " weights of the base are not the ones the adapter was made with"));
   if (o.dry_run && !o.allow_lossy && refused > 0)
-    notes.push_back(lowrank::detail::text("without --dry-run the merge would be refused: ", refused,
-                                          " modules correlate less than ", number(o.min_correlation),
-                                          " with what was intended (--allow-lossy merges anyway)"));
+    notes.push_back(text("without --dry-run the merge would be refused: ", refused, " modules correlate less than ",
+                         number(o.min_correlation), " with what was intended (--allow-lossy merges anyway)"));
   for (const std::string& line : notes) note(o.common, line);
   const double lost = intended2 > 0 ? std::sqrt(lost2 / intended2) : 0, share = values > 0 ? changed / values : 0;
   const Json report = {{"command", "merge"},

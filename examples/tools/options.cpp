@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What options take, which of them count in which mode, and words for those that were misspelt.
-#include <algorithm>
+// What options take, and which of them count in which mode.
 #include <cerrno>
 #include <charconv>
 #include <cmath>
@@ -36,43 +35,6 @@ CLI::Validator number(std::function<bool(double)> good, const std::string& expec
           ""};
 }
 
-/// Letters to insert, drop, replace or swap with their neighbour until a is b.
-std::size_t edits(const std::string& a, const std::string& b) {
-  std::vector<std::size_t> before(b.size() + 1), last(b.size() + 1), now(b.size() + 1);
-  for (std::size_t j = 0; j <= b.size(); ++j) last[j] = j;
-  for (std::size_t i = 1; i <= a.size(); ++i) {
-    now[0] = i;
-    for (std::size_t j = 1; j <= b.size(); ++j) {
-      now[j] = std::min({last[j] + 1, now[j - 1] + 1, last[j - 1] + (a[i - 1] == b[j - 1] ? 0 : 1)});
-      if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1]) now[j] = std::min(now[j], before[j - 2] + 1);
-    }
-    std::swap(before, last);
-    std::swap(last, now);
-  }
-  return last[b.size()];
-}
-
-/// "; did you mean X?", or nothing where no name is near.
-std::string suggestion(const std::string& word, const std::vector<std::string>& names) {
-  const std::string* best = nullptr;
-  std::size_t least = word.size() / 3 + 2;  // of "--tpo", two of five letters may be wrong, and no more
-  for (const std::string& name : names)
-    if (const std::size_t n = edits(word, name); n < least) {
-      least = n;
-      best = &name;
-    }
-  return best == nullptr ? std::string() : "; did you mean '" + *best + "'?";
-}
-
-std::vector<std::string> option_names(const CLI::App& app) {
-  std::vector<std::string> names;
-  for (const CLI::Option* option : app.get_options()) {
-    for (const std::string& name : option->get_lnames()) names.push_back("--" + name);
-    for (const std::string& name : option->get_snames()) names.push_back("-" + name);
-  }
-  return names;
-}
-
 }  // namespace
 
 CLI::Validator positive() {
@@ -106,28 +68,6 @@ void expect_used(const CLI::App* sub, std::initializer_list<Use> uses) {
   for (const Use& u : uses)
     if (!u.used && sub->get_option(u.option)->count() > 0)
       throw UsageError(sub->get_name() + ": " + u.option + " has no use " + u.mode + "; " + u.users);
-}
-
-std::string unknown_subcommand(const CLI::App& app, const std::string& word) {
-  std::vector<std::string> names;
-  for (const CLI::App* sub : app.get_subcommands(nullptr)) names.push_back(sub->get_name());
-  return "there is no subcommand '" + word + "'" + suggestion(word, names);
-}
-
-std::string unexpected_words(const CLI::App& app) {
-  std::string stray;
-  std::vector<const CLI::App*> all{&app};
-  for (const CLI::App* sub : app.get_subcommands()) all.insert(all.begin(), sub);
-  for (const CLI::App* a : all)
-    for (const std::string& word : a->remaining()) {
-      const std::string of = a == &app ? std::string() : a->get_name() + ": ";
-      if (word.size() > 1 && word[0] == '-') {
-        const std::string name = word.substr(0, word.find('='));
-        return of + "there is no option '" + name + "'" + suggestion(name, option_names(*a));
-      }
-      if (stray.empty()) stray = of + "'" + word + "' is an argument too many";
-    }
-  return stray;
 }
 
 }  // namespace lowrank::tool

@@ -89,9 +89,9 @@ void run(const Options& o) {
   }
   expect_something(o.adapter.empty() ? o.checkpoint : o.adapter, o.filter, jobs.size(), names, skipped);
   note_quantised(o.scan.common, {&all, &base_list});
-  const std::string settings = lowrank::detail::text(
-      "spectrum top ", o.spectrum.top, " alignment ", o.spectrum.alignment, o.spectrum.values ? " values" : "",
-      o.spectrum.side_by_side ? " sides" : "", o.base.empty() ? "" : " base", o.adapter.empty() ? "" : " adapter");
+  const std::string settings =
+      text("spectrum top ", o.spectrum.top, " alignment ", o.spectrum.alignment, o.spectrum.values ? " values" : "",
+           o.spectrum.side_by_side ? " sides" : "", o.base.empty() ? "" : " base", o.adapter.empty() ? "" : " adapter");
   auto result = run_scan(o.scan, "spectrum", fingerprint({o.checkpoint, o.base, o.adapter}, settings), jobs);
   result.skipped.insert(result.skipped.end(), skipped.begin(), skipped.end());
   const std::string table = table_text(result);

@@ -161,7 +161,7 @@ void ScanOptions::expect_all_used(const CLI::App* sub) const {
 std::string fingerprint(const std::vector<std::string>& paths, const std::string& options) {
   namespace fs = std::filesystem;
   constexpr int format = 3;  // of the entries, which may change between two releases
-  std::string s = lowrank::detail::text("lowrank ", version, " format ", format, " ", options);
+  std::string s = text("lowrank ", version, " format ", format, " ", options);
   const auto stamp = [&](const fs::path& p) {
     struct stat info {};
     if (::stat(p.c_str(), &info) == 0 && S_ISREG(info.st_mode))
@@ -225,7 +225,7 @@ ScanResult run_scan(const ScanOptions& o, const std::string& what, const std::st
   std::stable_sort(todo.begin(), todo.end(), [&](std::size_t a, std::size_t b) { return costs[a] > costs[b]; });
   Common common = o.common;
   common.quiet = common.quiet || rank != 0;
-  Progress progress(common, what, bytes);
+  Progress progress(common, what, todo.size(), "matrices", bytes);
   const auto work = [&](std::size_t i) {
     if (interrupted() != 0) return;
     Json result;
@@ -352,10 +352,9 @@ void finish_scan(const ScanOptions& o, ScanResult&& r, Json header, const std::s
   std::fflush(stdout);
   if (r.failed.empty()) drop_journal();  // otherwise a second run need not repeat what went well
   if (!r.failed.empty())
-    throw Error(lowrank::detail::text(r.failed.size(), " of ", r.failed.size() + r.matrices.size(),
-                                      " matrices could not be analysed: ", joined(r.failed)));
-  if (!faults.empty())
-    throw Error(lowrank::detail::text(faults.size(), " tensors do not fit each other: ", joined(faults)));
+    throw Error(text(r.failed.size(), " of ", r.failed.size() + r.matrices.size(),
+                     " matrices could not be analysed: ", joined(r.failed)));
+  if (!faults.empty()) throw Error(text(faults.size(), " tensors do not fit each other: ", joined(faults)));
 }
 
 }  // namespace lowrank::tool

@@ -13,17 +13,25 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
-#include <chrono>
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include "common/progress.hpp"
+#include "common/text.hpp"
 
 namespace lowrank::tool {
 
+using common::shape_text;
+using common::size_text;
+using common::text;
+using common::time_text;
 using Json = nlohmann::ordered_json;
 
 /// Options that do not go together, found only after parsing: exit code 2, like a misspelt option.
@@ -61,10 +69,6 @@ struct Use {
 /// **Throws** UsageError for an option that was given and has no use: nothing a user said is ignored.
 void expect_used(const CLI::App* sub, std::initializer_list<Use> uses);
 
-/// What to say of a word that is no subcommand, and of words that a parse left over: the nearest name there is.
-std::string unknown_subcommand(const CLI::App& app, const std::string& word);
-std::string unexpected_words(const CLI::App& app);
-
 /// Makes a subcommand known to main(). `order` is its place in the help.
 class Registration {
  public:
@@ -77,26 +81,24 @@ void print(const Common& common, const Json& report, const std::string& text);
 /// A line on stderr that a person may want to see; dropped with --quiet.
 void note(const Common& common, const std::string& line);
 
-/// "13.5 GB", "4.0 KB".
-std::string size_text(std::uint64_t bytes);
-/// "1:05", "0.8 s".
-std::string time_text(double seconds);
-
-/// A bar on stderr, when that is a terminal: done/total, rate, time left, and what is being worked on.
+/// A bar on stderr, when that is a terminal: count, rate, time left, and what is being worked on.
 class Progress {
  public:
-  Progress(const Common& common, std::string what, std::uint64_t total_bytes);
-  Progress(const Progress&) = delete;
-  ~Progress();
-  /// `bytes` more are done; `current` names what comes next or was just finished.
-  void advance(std::uint64_t bytes, const std::string& current);
-  [[nodiscard]] double seconds() const;
+  /// `items` of `item_name` ("tensors") will be done, which hold so many bytes.
+  Progress(const Common& common, std::string what, std::uint64_t items, std::string item_name,
+           std::uint64_t total_bytes)
+      : bar_({.label = std::move(what),
+              .items = items,
+              .item_name = std::move(item_name),
+              .work = std::max<std::uint64_t>(total_bytes, 1),
+              .quiet = common.quiet}) {}
+  /// One more is done, of so many bytes; `current` names it.
+  void advance(std::uint64_t bytes, const std::string& current) { bar_.update(++items_, bytes_ += bytes, current); }
+  [[nodiscard]] double seconds() const { return bar_.seconds(); }
 
  private:
-  std::string what_;
-  std::uint64_t total_, done_ = 0;
-  bool visible_;
-  std::chrono::steady_clock::time_point start_, last_;
+  common::Progress bar_;
+  std::uint64_t items_ = 0, bytes_ = 0;
 };
 
 }  // namespace lowrank::tool

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <fcntl.h>
-#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -202,7 +201,6 @@ class OutputFile {
       temporary_.clear();
       detail::throw_errno(path_, "cannot create");
     }
-    ::flock(fd_.get(), LOCK_EX | LOCK_NB);  // says that it is being written; the lock ends with the process
     const mode_t mask = ::umask(0);  // mkostemp made it private; a checkpoint gets the mode any new file gets
     ::umask(mask);
     ::fchmod(fd_.get(), 0666 & ~mask);

@@ -140,7 +140,7 @@ int main(int argc, char** argv) {
   {
     const Matrix<bf16> narrow(W);
     const auto init = timed("pissa_bf16", repeats, [&] {
-      return pissa<bf16>(narrow, {.rank = rank, .alpha = alpha, .factor_storage = FactorStorage::bf16});
+      return pissa<float, bf16>(narrow, {.rank = rank, .alpha = alpha, .factor_storage = FactorStorage::bf16});
     });
     row(init, narrow);
   }

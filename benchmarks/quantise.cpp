@@ -40,7 +40,7 @@ template <detail::Path P>
 void encode_all(const Matrix<float>& W, const Codebook& book, std::vector<std::uint8_t>& codes,
                 std::vector<float>& scales) {
   const detail::Encoder<P> encoder(book);
-  detail::parallel_ranges(W.size() / 64, 256, [&](Index b0, Index b1) {
+  parallel_ranges(W.size() / 64, 256, [&](Index b0, Index b1) {
     for (Index b = b0; b < b1; ++b) {
       const float* x = W.data() + 64 * b;
       const float s = std::bit_cast<float>(detail::largest_magnitude_bits(x, 64));
@@ -52,7 +52,7 @@ void encode_all(const Matrix<float>& W, const Codebook& book, std::vector<std::u
 template <detail::Path P>
 void decode_all(Matrix<float>& W, const Codebook& book, const std::vector<std::uint8_t>& codes,
                 const std::vector<float>& scales) {
-  detail::parallel_ranges(W.size() / 64, 256, [&](Index b0, Index b1) {
+  parallel_ranges(W.size() / 64, 256, [&](Index b0, Index b1) {
     for (Index b = b0; b < b1; ++b)
       detail::decode_span<P>(book, codes.data() + b * 8 * book.bits(), 0, 64, {scales[std::size_t(b)], 0},
                              W.data() + 64 * b);
@@ -70,7 +70,7 @@ int main(int argc, char** argv) {
   W.resize(n, n);
   out.resize(n, n);
   const CounterRng rng(1);
-  detail::parallel_ranges(n, 64, [&](Index i0, Index i1) {
+  parallel_ranges(n, 64, [&](Index i0, Index i1) {
     rng.fill_normal(W.view().middle_rows(i0, i1 - i0), 0, 1, std::uint64_t(i0 * n));
   });
   const double elements = double(W.size());
@@ -78,12 +78,11 @@ int main(int argc, char** argv) {
               detail::vector_bytes, repeats);
 
   const double fill = best(repeats, [&] {
-    detail::parallel_ranges(W.size(), 65536,
-                            [&](Index a, Index b) { std::memset(out.data() + a, 1, std::size_t(b - a) * 4); });
+    parallel_ranges(W.size(), 65536, [&](Index a, Index b) { std::memset(out.data() + a, 1, std::size_t(b - a) * 4); });
   });
   std::vector<float> sums(64);
   const double read = best(repeats, [&] {
-    detail::parallel_ranges(W.size(), 65536, [&](Index a, Index b) {
+    parallel_ranges(W.size(), 65536, [&](Index a, Index b) {
       sums[std::size_t(a % 64)] = std::bit_cast<float>(detail::largest_magnitude_bits(W.data() + a, b - a));
     });
   });

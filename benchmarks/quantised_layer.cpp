@@ -19,7 +19,7 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 
 void fill(MatrixView<float> m, std::uint64_t seed) {
   // A cheap hash: these matrices are large, and only their spread matters here.
-  detail::parallel_ranges(m.rows(), 16, [&](Index i0, Index i1) {
+  parallel_ranges(m.rows(), 16, [&](Index i0, Index i1) {
     for (Index i = i0; i < i1; ++i)
       for (Index j = 0; j < m.cols(); ++j) {
         std::uint64_t h = (std::uint64_t(i) * 0x9E3779B97F4A7C15ULL + std::uint64_t(j) + seed) * 0xD1B54A32D192ED03ULL;
@@ -90,7 +90,7 @@ int main(int argc, char** argv) {
     fill(W.view(), 1);
     Matrix<bf16> half;
     half.resize(out, in);
-    detail::parallel_ranges(W.size(), 65536, [&](Index a, Index b) {
+    parallel_ranges(W.size(), 65536, [&](Index a, Index b) {
       for (Index k = a; k < b; ++k) half.data()[k] = bf16(W.data()[k]);
     });
     const DenseBase<float> dense(W.view());

@@ -61,7 +61,7 @@ double best_of(int repeats, F&& f) {
 /// 0.02·N(0, 1); with `decaying`, plus U·diag(8·k^-0.7, k ≤ min(m, n)/8)·Vᵀ of random orthonormal U, V.
 Matrix<float> test_matrix(Index m, Index n, bool decaying) {
   Matrix<float> W(m, n);
-  detail::parallel_ranges(m, 1, [&](Index i0, Index i1) {
+  parallel_ranges(m, 1, [&](Index i0, Index i1) {
     for (Index i = i0; i < i1; ++i)
       CounterRng(1).fill_normal(W.view().middle_rows(i, 1), 0, 0.02, std::uint64_t(i * n));
   });

@@ -2,6 +2,7 @@
 // The initialisers behind `lowrank init`.
 #include "init_methods.hpp"
 
+#include <lowrank/adapter/dora_merge.hpp>
 #include <lowrank/init/corda.hpp>
 #include <lowrank/init/gaussian.hpp>
 #include <lowrank/init/kaiming.hpp>
@@ -12,7 +13,6 @@
 #include <lowrank/init/orthogonal.hpp>
 #include <lowrank/init/pissa.hpp>
 #include <lowrank/init/qpissa.hpp>
-#include <lowrank/quant/merge.hpp>
 
 namespace lowrank::tool {
 namespace {
@@ -42,25 +42,25 @@ Outcome split(const MethodOptions& o, MatrixView<const S> W, std::uint64_t seed)
   const FactorStorage storage = factor_storage(o.dtype);
   if constexpr (std::is_same_v<S, float>) {
     if (o.method == "milora")
-      return finish(milora<Base>(W, {.rank = o.rank,
+      return finish(milora<float, Base>(W, {.rank = o.rank,
                                      .alpha = o.alpha,
                                      .rank_stabilised = o.rslora,
                                      .factor_storage = storage,
                                      .svd = {.seed = seed}}));
     if (o.method == "olora")
       return finish(
-          olora<Base>(W, {.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .factor_storage = storage}));
+          olora<float, Base>(W, {.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .factor_storage = storage}));
   }
   PissaOptions p{.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .factor_storage = storage};
   p.svd.seed = seed;
-  return finish(pissa<Base>(W, p));
+  return finish(pissa<float, Base>(W, p));
 }
 
 template <class S>
 Matrix<S> narrowed(const Matrix<float>& m) {
   Matrix<S> out;
   out.resize(m.rows(), m.cols());
-  lowrank::detail::parallel_ranges(m.size(), 1 << 16, [&](Index begin, Index end) {
+  lowrank::parallel_ranges(m.size(), 1 << 16, [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) out.data()[i] = S(m.data()[i]);
   });
   return out;
@@ -304,15 +304,13 @@ std::vector<float> row_norms(const io::TensorView& weight, bool transposed) {
 }
 
 std::vector<float> row_norms(const BaseStorage& base, const LoraFactors<float>& factors) {
-  std::vector<float> norms(std::size_t(factors.out_features()));
+  std::vector<float> norms;
   std::visit(
       [&]<class M>(const M& W) {
-        if constexpr (!std::is_same_v<M, std::monostate>)
-          lowrank::detail::for_delta_rows(factors, [&](Index i, const float* delta) {
-            double sum = 0;
-            for (Index j = 0; j < W.cols(); ++j) sum += std::pow(double(W(i, j)) + double(delta[j]), 2);
-            norms[std::size_t(i)] = float(std::sqrt(sum));
-          });
+        if constexpr (!std::is_same_v<M, std::monostate>) {
+          const std::vector<double> exact = dora_row_norms<float>(W, factors);
+          norms.assign(exact.begin(), exact.end());
+        }
       },
       base);
   return norms;

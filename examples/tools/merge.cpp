@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // lowrank merge: an adapter into its base, with a report of what the base's storage kept of the update.
-#include <lowrank/adapter/merge.hpp>
+#include <lowrank/adapter/dora_merge.hpp>
 #include <lowrank/init/initialised.hpp>
 #include <lowrank/quant/merge.hpp>
 
@@ -108,40 +108,6 @@ LoraFactors<T> stored_factors(const io::AdapterModule& m, bool fan_in_fan_out) {
   return f;
 }
 
-/// DoRA in place: rows of W + s·B·A scaled to the magnitudes, W out×in. The update that counts is the whole change of
-/// W.
-/// **Throws** as checked_merge; W is then of no use.
-template <class S, class T>
-MergeReport merge_dora(MatrixView<S> W, const LoraFactors<T>& f, const std::vector<float>& magnitude,
-                       const RequantiseOptions& o) {
-  lowrank::detail::check_merge_shapes("merge", f, W.rows(), W.cols());
-  lowrank::detail::expect_shape("merge", "lora_magnitude_vector", Index(magnitude.size()), Index(1), W.rows(),
-                                Index(1));
-  lowrank::detail::MergeSums sums(W.rows());
-  lowrank::detail::for_delta_rows(f, [&](Index i, const T* delta) {
-    double norm = 0;
-    for (Index j = 0; j < W.cols(); ++j) norm += std::pow(double(W(i, j)) + double(delta[j]), 2);
-    // A row of zeros has no direction to give the magnitude to.
-    const double factor = norm > 0 ? double(magnitude[std::size_t(i)]) / std::sqrt(norm) : norm;
-    Index changed = 0;
-    for (Index j = 0; j < W.cols(); ++j) {
-      const double before = double(W(i, j)), exact = factor * (before + double(delta[j]));
-      W(i, j) = S(T(exact));
-      changed += double(W(i, j)) != before;
-      sums.add(i, before, double(W(i, j)), exact - before);
-    }
-    sums.count_changed(i, changed);
-  });
-  MergeReport report = sums.report(double(W.size()));
-  if (!std::isfinite(report.effective_norm) || !std::isfinite(report.intended_norm))
-    throw NonFiniteError("merge: the merged weight is not finite in its storage type");
-  if (report.correlation < o.min_correlation && !o.allow_lossy) {
-    report.suggestion = "float, or keep the adapter apart";
-    lowrank::detail::refuse("merge", report, o);
-  }
-  return report;
-}
-
 /// Merges one module into a copy of its weight; returns the bytes to write.
 template <class S>
 std::vector<std::byte> merged_bytes(const Options& o, const io::TensorView& t, const io::AdapterModule& m,
@@ -152,9 +118,10 @@ std::vector<std::byte> merged_bytes(const Options& o, const io::TensorView& t, c
     if (m.magnitude.empty())
       report = checked_merge<T>(W, stored_factors<T>(m, fan_in_fan_out), o.limits());
     else
-      report = merge_dora(lies_transposed(m.kind, fan_in_fan_out) ? W.view().transposed() : W.view(),
-                          LoraFactors<T>{Matrix<T>(m.factors.A), Matrix<T>(m.factors.B), T(m.factors.scale)},
-                          m.magnitude, o.limits());
+      report = checked_merge<T>(lies_transposed(m.kind, fan_in_fan_out) ? W.view().transposed() : W.view(),
+                                DoraFactors<T>{{Matrix<T>(m.factors.A), Matrix<T>(m.factors.B), T(m.factors.scale)},
+                                               std::vector<T>(m.magnitude.begin(), m.magnitude.end())},
+                                o.limits());
   } catch (const MergeRefused& e) {
     t.fail(std::string(e.what()) + " (--allow-lossy merges anyway)");
   } catch (const Error& e) {

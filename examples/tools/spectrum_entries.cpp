@@ -146,11 +146,14 @@ void analyse(Json& j, MatrixView<const S> W, const SpectrumOptions& o, double fo
   j["error"] = sv.absolute_error;
   if (sv.values[0] > 0) {
     const auto e = estimate_noise(sv.values, m, n);
-    j["noise_level"] = {{"std", e.std},
-                        {"edge", e.edge},
-                        {"threshold", e.threshold},
-                        {"above_edge", e.above_edge},
-                        {"optimal_rank", e.optimal_rank}};
+    const auto count = [&](Index n) { return e.determined ? Json(n) : Json(nullptr); };
+    j["noise_level"] = {{"determined", e.determined},
+                        {"std", finite(e.std)},
+                        {"edge", finite(e.edge)},
+                        {"threshold", finite(e.threshold)},
+                        {"above_edge", count(e.above_edge)},
+                        {"optimal_rank", count(e.optimal_rank)}};
+    if (!e.determined) j["noise_level"]["reason"] = e.reason;
     const auto fit = fit_power_law(sv.values, {.max_candidates = 256});
     if (fit.tail_count > 0)  // else there is no tail to fit: too few values, or all equal
       j["power_law"] = {{"alpha", fit.alpha},     {"alpha_error", fit.alpha_error},

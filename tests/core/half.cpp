@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "lowrank/core/rng.hpp"
+#include "lowrank/core/scalar.hpp"
 #include "lowrank/linalg/detail/simd.hpp"
 
 using lowrank::bf16;

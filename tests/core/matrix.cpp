@@ -4,8 +4,10 @@
 
 #include <doctest/doctest.h>
 
+#include <array>
 #include <atomic>
 #include <limits>
+#include <new>
 #include <numeric>
 #include <vector>
 
@@ -154,13 +156,13 @@ TEST_CASE("parallel_ranges covers every index once, whatever the grain") {
   for (const Index n : {Index(0), Index(1), Index(2), Index(3), Index(1000), Index(1001)})
     for (const Index grain : {Index(0), Index(1), Index(7), Index(5000)}) {
       std::vector<std::atomic<int>> visits(static_cast<std::size_t>(n));
-      lowrank::detail::parallel_ranges(n, grain, [&](Index begin, Index end) {
+      lowrank::parallel_ranges(n, grain, [&](Index begin, Index end) {
         for (Index i = begin; i < end; ++i) ++visits[std::size_t(i)];
       });
       for (const auto& v : visits) CHECK(v == 1);
     }
   std::atomic<int> parts = 0;
-  lowrank::detail::parallel_parts(5, [&](int p, int of) {
+  lowrank::parallel_parts(5, [&](int p, int of) {
     CHECK((p >= 0 && p < of && of == 5));
     ++parts;
   });
@@ -171,4 +173,39 @@ TEST_CASE("parallel_ranges covers every index once, whatever the grain") {
 TEST_CASE("the version text is made of the version numbers") {
   CHECK(std::string(lowrank::version) ==
         lowrank::detail::text(LOWRANK_VERSION_MAJOR, ".", LOWRANK_VERSION_MINOR, ".", LOWRANK_VERSION_PATCH));
+}
+
+TEST_CASE("what a part of a parallel loop throws arrives, and only after every part has ended") {
+#if defined(_OPENMP)
+  const int threads = omp_get_max_threads();
+  omp_set_num_threads(4);
+#endif
+  std::array<std::atomic<int>, 40> seen{};
+  const auto run = [&](auto thrown) {
+    for (auto& s : seen) s = 0;
+    lowrank::parallel_ranges(40, 1, [&](Index begin, Index end) {
+      for (Index i = begin; i < end; ++i) {
+        ++seen[std::size_t(i)];
+        if (i == end - 1) throw thrown;  // every part throws; one arrives
+      }
+    });
+  };
+  CHECK_THROWS_WITH_AS(run(lowrank::ArgumentError("of a part")), "of a part", lowrank::ArgumentError);
+  CHECK_THROWS_AS(run(std::bad_alloc()), std::bad_alloc);
+  CHECK_THROWS_AS(run(42), int);
+#if defined(_OPENMP)
+  for (const auto& s : seen) CHECK(s == 1);
+#endif
+  // One part of many.
+  CHECK_THROWS_AS(lowrank::parallel_parts(4,
+                                          [](int p, int) {
+                                            if (p == 2) throw lowrank::ShapeError("two");
+                                          }),
+                  lowrank::ShapeError);
+  std::atomic<int> sum = 0;
+  lowrank::parallel_parts(4, [&](int p, int) { sum += p; });  // nothing is left of it
+  CHECK(sum == 6);
+#if defined(_OPENMP)
+  omp_set_num_threads(threads);
+#endif
 }

@@ -145,7 +145,7 @@ TEST_CASE_TEMPLATE("a filled matrix does not depend on order, part or thread", T
 
   // Rows filled one by one from their own first index, on as many threads as there are.
   std::vector<T> parts(m * n);
-  lowrank::detail::parallel_ranges(m, 1, [&](Index begin, Index end) {
+  lowrank::parallel_ranges(m, 1, [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i)
       rng.fill_normal(view_of(parts.data() + i * n, 1, n), 2.0, 3.0, std::uint64_t(i * n));
   });

@@ -122,7 +122,7 @@ TEST_CASE("corda: bf16 weights, degenerate activations, bad input") {
   covariance.add(X.view());
   const Matrix<bf16> W = test::random_matrix<bf16>(32, 24, 5);
   for (const CordaMode mode : {CordaMode::instruction, CordaMode::knowledge}) {
-    const auto init = corda<bf16>(W, covariance, {.rank = 3, .alpha = 2, .mode = mode});
+    const auto init = corda<float, bf16>(W, covariance, {.rank = 3, .alpha = 2, .mode = mode});
     CHECK(test::split_error(init, W) * test::norm(W) == doctest::Approx(init.report.storage_error).epsilon(1e-2));
   }
   // No damping: W·C has rank 10, directions of zero have dead pairs and are named.

@@ -95,7 +95,7 @@ TEST_CASE("pissa: storage narrower than arithmetic") {
     for (Index i = 0; i < wide.factors.A.size(); ++i)
       CHECK(float(S(wide.factors.A.data()[i])) == wide.factors.A.data()[i]);
     // Base in two bytes: one rounding of each of its elements is all that is lost.
-    const auto narrow = pissa<S>(W, options);
+    const auto narrow = pissa<float, S>(W, options);
     CHECK(test::split_error(narrow, W) * test::norm(W) == doctest::Approx(narrow.report.storage_error).epsilon(1e-2));
     CHECK(narrow.report.storage_error < unit * narrow.report.residual_norm);
     CHECK(test::same_bits(narrow.factors.A, wide.factors.A));

@@ -2,8 +2,14 @@
 // The initialisers that look at no data: kaiming, gaussian, orthogonal.
 #include <doctest/doctest.h>
 
+#include <optional>
+#include <set>
+#include <thread>
+#include <vector>
+
 #include "lowrank/init/gaussian.hpp"
 #include "lowrank/init/kaiming.hpp"
+#include "lowrank/init/lora_xs.hpp"
 #include "lowrank/init/orthogonal.hpp"
 #include "support/compare.hpp"
 
@@ -97,9 +103,82 @@ TEST_CASE("same seed, same bits; another seed, other numbers") {
     CHECK(test::same_bits(make(1).factors.B, make(1).factors.B));
     CHECK_FALSE(test::same_bits(make(1).factors.A, make(2).factors.A));
   };
-  bits([](std::uint64_t s) { return kaiming<float>(20, 30, {.seed = s}); });
-  bits([](std::uint64_t s) { return gaussian<float>(20, 30, {.seed = s}); });
-  bits([](std::uint64_t s) { return orthogonal<float>(20, 30, {.seed = s}); });
+  bits([](std::uint64_t s) { return kaiming<float>(20, 30, {.rank = 8, .seed = s}); });
+  bits([](std::uint64_t s) { return gaussian<float>(20, 30, {.rank = 8, .seed = s}); });
+  bits([](std::uint64_t s) { return orthogonal<float>(20, 30, {.rank = 8, .seed = s}); });
+}
+
+TEST_CASE("layers that are given no seed start differently, and the same in every run") {
+  const auto three = [](auto make) {
+    std::vector<Matrix<float>> made;
+    for (int i = 0; i < 3; ++i) made.push_back(make(std::optional<std::uint64_t>()));
+    return made;
+  };
+  const auto check = [&](auto make) {
+    seed_everything(17);
+    const auto first = three(make);
+    CHECK_FALSE(test::same_bits(first[0], first[1]));
+    CHECK_FALSE(test::same_bits(first[1], first[2]));
+    seed_everything(17);
+    const auto again = three(make);
+    for (std::size_t i = 0; i < 3; ++i) CHECK(test::same_bits(first[i], again[i]));
+    seed_everything(18);
+    CHECK_FALSE(test::same_bits(first[0], make(std::nullopt)));
+    // A seed that is given is all that counts, 0 too, and takes nothing from the sequence.
+    seed_everything(17);
+    const auto zero = make(0);
+    CHECK(test::same_bits(first[0], make(std::nullopt)));
+    CHECK(test::same_bits(zero, make(0)));
+  };
+  using Seed = std::optional<std::uint64_t>;
+  check([](Seed s) { return kaiming<float>(9, 30, {.rank = 4, .seed = s}).factors.A; });
+  check([](Seed s) { return gaussian<float>(9, 30, {.rank = 4, .seed = s}).factors.A; });
+  check([](Seed s) { return gaussian_embedding<float>(9, 30, {.rank = 4, .seed = s}).factors.B; });
+  check([](Seed s) { return orthogonal<float>(9, 30, {.rank = 5, .seed = s}).factors.A; });
+  check([](Seed s) { return orthogonal<float>(9, 30, {.rank = 5, .seed = s}).factors.B; });
+  const Matrix<float> W = test::random_matrix<float>(12, 10, 1);
+  check([&](Seed s) { return lora_xs(W, {.rank = 3, .seed = s}).core; });
+}
+
+TEST_CASE("the report names the seed that gives the same bits again") {
+  const auto first = kaiming<float>(40, 30);
+  const auto second = kaiming<float>(40, 30);
+  CHECK(first.factors.rank() == 16);
+  CHECK(first.report.seed != second.report.seed);
+  CHECK(test::same_bits(second.factors.A, kaiming<float>(40, 30, {.seed = second.report.seed}).factors.A));
+  CHECK(kaiming<float>(40, 30, {.seed = 5}).report.seed == 5);
+  const auto core = lora_xs(test::random_matrix<float>(40, 30, 1));
+  CHECK(test::same_bits(core.core, lora_xs(test::random_matrix<float>(40, 30, 1), {.seed = core.report.seed}).core));
+  // What is refused takes no seed.
+  seed_everything(3);
+  const std::uint64_t next = kaiming<float>(40, 30).report.seed;
+  seed_everything(3);
+  CHECK_THROWS_AS((void)kaiming<float>(4, 30), ArgumentError);
+  CHECK(kaiming<float>(40, 30).report.seed == next);
+}
+
+TEST_CASE("fresh seeds: SplitMix64, none twice, also from several threads") {
+  // The first numbers of the published generator from the state that is the mix of 0.
+  seed_everything(0);
+  std::uint64_t state = detail::first_seed_state(0);
+  for (int i = 0; i < 4; ++i) {
+    std::uint64_t z = state += 0x9e3779b97f4a7c15U;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9U;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebU;
+    CHECK(fresh_seed() == (z ^ (z >> 31)));
+  }
+  // From the state 0 the generator's published numbers: the first of them is the state seed 0 starts from.
+  CHECK(detail::first_seed_state(0) == 0xe220a8397b1dcdafU);
+  std::vector<std::vector<std::uint64_t>> drawn(4, std::vector<std::uint64_t>(1000));
+  std::vector<std::thread> threads;
+  for (auto& seeds : drawn)
+    threads.emplace_back([&seeds] {
+      for (auto& s : seeds) s = fresh_seed();
+    });
+  for (auto& t : threads) t.join();
+  std::set<std::uint64_t> all;
+  for (const auto& seeds : drawn) all.insert(seeds.begin(), seeds.end());
+  CHECK(all.size() == 4000);
 }
 
 TEST_CASE("bad rank and alpha are refused with what was expected and what came") {
@@ -108,10 +187,10 @@ TEST_CASE("bad rank and alpha are refused with what was expected and what came")
   CHECK_THROWS_AS((void)kaiming<float>(10, 20, {.rank = 11}), ArgumentError);
   CHECK_THROWS_AS((void)kaiming<float>(0, 20, {.rank = 1}), ArgumentError);
   CHECK_NOTHROW((void)kaiming<float>(10, 20, {.rank = 10}));
-  CHECK_THROWS_AS((void)kaiming<float>(10, 20, {.alpha = 0}), ArgumentError);
-  CHECK_THROWS_AS((void)gaussian<float>(10, 20, {.alpha = -1}), ArgumentError);
-  CHECK_THROWS_AS((void)gaussian<float>(10, 20, {.alpha = INFINITY}), ArgumentError);
-  CHECK_THROWS_AS((void)gaussian<float>(10, 20, {.alpha = NAN, .rank_stabilised = true}), ArgumentError);
+  CHECK_THROWS_AS((void)kaiming<float>(10, 20, {.rank = 4, .alpha = 0}), ArgumentError);
+  CHECK_THROWS_AS((void)gaussian<float>(10, 20, {.rank = 4, .alpha = -1}), ArgumentError);
+  CHECK_THROWS_AS((void)gaussian<float>(10, 20, {.rank = 4, .alpha = INFINITY}), ArgumentError);
+  CHECK_THROWS_AS((void)gaussian<float>(10, 20, {.rank = 4, .alpha = NAN, .rank_stabilised = true}), ArgumentError);
   CHECK_THROWS_AS((void)orthogonal<float>(10, 20, {.rank = 1}), ArgumentError);
-  CHECK_THROWS_AS((void)orthogonal<float>(10, 20, {.std = -1}), ArgumentError);
+  CHECK_THROWS_AS((void)orthogonal<float>(10, 20, {.rank = 4, .std = -1}), ArgumentError);
 }

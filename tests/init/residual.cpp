@@ -181,7 +181,7 @@ TEST_CASE_TEMPLATE("olora: B has the columns of Q, base + s·B·A = W", T, float
 
 TEST_CASE("olora: storage narrower than arithmetic is accounted for") {
   const auto W = test::random_matrix<bf16>(48, 64, 3);
-  const auto init = olora<bf16>(W, {.rank = 8, .alpha = 4, .factor_storage = FactorStorage::bf16});
+  const auto init = olora<float, bf16>(W, {.rank = 8, .alpha = 4, .factor_storage = FactorStorage::bf16});
   const auto& f = init.factors;
   for (Index i = 0; i < f.A.size(); ++i) CHECK(float(bf16(f.A.data()[i])) == f.A.data()[i]);
   for (Index i = 0; i < f.B.size(); ++i) CHECK(float(bf16(f.B.data()[i])) == f.B.data()[i]);

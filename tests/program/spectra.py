@@ -322,7 +322,7 @@ try:
                               ("effective_rank_hi", e["bounds"]["effective_rank"][1]), ("base_energy_rank_90", e["base"]["metrics"]["energy_rank_90"]),
                               ("tuned_stable_rank_hi", e["tuned"]["bounds"]["stable_rank"][1]), ("alignment_amplification", e["alignment"]["amplification"]),
                               ("base_noise_level_edge", e["base"]["noise_level"]["edge"])):
-            check(float(row[column]) == value, f"CSV of {row['name']}: {column}")
+            check((float(row[column]) if row[column] else None) == value, f"CSV of {row['name']}: {column}")
     # An adapter's module without a weight, or with one of another shape, is listed.
     save(at("misfit.safetensors"), {**{k: v for k, v in stored.items() if "wte" not in k}, "model.layers.1.sq.weight": ("F32", [5, 12], noise(5, 12))})
     for args in (["spectrum", at("misfit.safetensors"), "--adapter", at("adapter")], ["intruders", at("misfit.safetensors"), at("adapter")]):

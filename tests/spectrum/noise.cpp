@@ -136,6 +136,141 @@ TEST_CASE("the noise level under a low-rank signal is found again") {
   CHECK_THROWS_AS(estimate_noise(few, 3, 4), ShapeError);
 }
 
+namespace {
+
+/// Noise of deviation 1 and `rank` signals of 2 to 4 times its edge.
+std::vector<double> noise_and_signal(Index m, Index n, Index rank, std::uint64_t seed) {
+  Matrix<double> W(m, n), U(m, rank), V(n, rank);
+  CounterRng(seed).fill_normal(W.view());
+  CounterRng(seed, 1).fill_normal(U.view());
+  CounterRng(seed, 2).fill_normal(V.view());
+  for (Index k = 0; k < rank; ++k) {
+    const double size = noise_edge(m, n, 1) * (2 + 2 * double(k) / double(rank)) / std::sqrt(double(m) * double(n));
+    for (Index i = 0; i < m; ++i)
+      for (Index j = 0; j < n; ++j) W(i, j) += size * U(i, k) * V(j, k);
+  }
+  return lowrank_test::oracle_singular_values(W);
+}
+
+}  // namespace
+
+TEST_CASE("the noise level is found below half of the values and said to be undetermined beyond") {
+  for (const auto& shape : {std::pair<Index, Index>{80, 80}, {60, 160}, {300, 40}}) {
+    const Index m = shape.first, n = shape.second, N = std::min(m, n);
+    CAPTURE(m);
+    for (std::uint64_t seed = 1; seed <= 5; ++seed) {
+      const auto pure = estimate_noise(noise_and_signal(m, n, 0, seed), m, n);
+      CHECK(pure.determined);
+      CHECK(pure.reason.empty());
+      CHECK(pure.std == doctest::Approx(1).scale(0).epsilon(0.1));
+      const auto tenth = estimate_noise(noise_and_signal(m, n, N / 10, seed), m, n);
+      CHECK(tenth.determined);
+      CHECK(tenth.std == doctest::Approx(1).scale(0).epsilon(0.15));
+      CHECK(tenth.optimal_rank == N / 10);
+      for (const double share : {0.6, 0.7, 0.8, 0.9}) {
+        CAPTURE(share);
+        const auto most = estimate_noise(noise_and_signal(m, n, Index(share * double(N)), seed), m, n);
+        CHECK_FALSE(most.determined);
+        CHECK(most.reason == "more than half of the singular values lie above the noise");
+        CHECK(std::isnan(most.std));
+        CHECK(std::isnan(most.edge));
+        CHECK(std::isnan(most.threshold));
+        CHECK(most.above_edge == -1);
+        CHECK(most.optimal_rank == -1);
+      }
+    }
+  }
+  // Equal values are not the noise of a square matrix; neither are those of rank 3N/4 and nothing else.
+  const std::vector<double> equal(50, 3.0);
+  CHECK(estimate_noise(equal, 50, 50).reason == "the lower half of the singular values is not that of noise");
+  std::vector<double> cut(40, 2.0);
+  std::fill(cut.begin() + 30, cut.end(), 0.0);
+  CHECK(estimate_noise(cut, 40, 90).reason == "more than half of the singular values lie above the noise");
+  // Rank below N/2 without noise: the noise is zero, and that is known.
+  std::fill(cut.begin() + 5, cut.end(), 0.0);
+  const auto exact = estimate_noise(cut, 40, 90);
+  CHECK(exact.determined);
+  CHECK(exact.std == 0);
+  CHECK(exact.optimal_rank == 5);
+  // A handful of values has nothing to check the median with.
+  CHECK_FALSE(estimate_noise(std::vector<double>{3, 2, 1}, 3, 4).determined);
+}
+
+TEST_CASE("pure noise of any shape is not refused") {
+  for (const auto& shape : {std::pair<Index, Index>{8, 8}, {8, 80}, {9, 2000}, {16, 16}, {40, 40}, {24, 300}}) {
+    CAPTURE(shape.first);
+    CAPTURE(shape.second);
+    int refused = 0;
+    for (std::uint64_t seed = 1; seed <= 100; ++seed) {
+      Matrix<double> W(shape.first, shape.second);
+      CounterRng(seed, 77).fill_normal(W.view(), 0, 0.02);
+      refused += !estimate_noise(lowrank_test::oracle_singular_values(W), shape.first, shape.second).determined;
+    }
+    CHECK(refused <= (shape.first <= 8 ? 1 : 0));
+  }
+}
+
+namespace {
+
+/// x rounded to a grid of `bits` explicit bits whose smallest normal number is 2^smallest, in double: neither of our
+/// types is asked.
+double rounded(double x, int bits, int smallest) {
+  if (x == 0) return 0;
+  const double spacing = std::ldexp(1.0, std::max(std::ilogb(x), smallest) - bits);
+  return std::nearbyint(x / spacing) * spacing;
+}
+
+}  // namespace
+
+TEST_CASE("rounding noise over the whole range of bf16 and f16, subnormal numbers included") {
+  const auto check = [](auto tag, int bits, int smallest, std::initializer_list<double> deviations) {
+    using S = decltype(tag);
+    const Index m = 200, n = 500;
+    for (const double std : deviations) {
+      CAPTURE(std);
+      // Quantiles in the middles of equal shares: quadrature of the normal distribution.
+      Matrix<double> W(m, n), stored(m, n);
+      double sum = 0;
+      for (Index i = 0; i < W.size(); ++i) {
+        const Index shuffled = (i * 7919) % W.size();
+        const double x = std * normal_quantile((double(shuffled) + 0.5) / double(W.size()));
+        W.data()[i] = x;
+        stored.data()[i] = rounded(x, bits, smallest);
+        sum += (x - stored.data()[i]) * (x - stored.data()[i]);
+      }
+      // Squares of uniform numbers scatter by 0.9 of their mean: half of 0.9/√(mn) for the root, three times that.
+      const double truth = std::sqrt(sum / double(W.size())), tolerance = 3 * 0.45 / std::sqrt(double(W.size()));
+      const auto by_size = rounding_noise<S>(m, n, std, false);
+      CHECK(by_size.std == doctest::Approx(truth).scale(0).epsilon(tolerance));
+      CHECK(by_size.edge == doctest::Approx(noise_edge(m, n, by_size.std)).scale(0).epsilon(1e-12));
+      CHECK(rounding_noise<S>(m, n, std, true).std ==
+            doctest::Approx(by_size.std * std::numbers::sqrt2).scale(0).epsilon(1e-12));
+      CHECK(rounding_noise<S>(MatrixView<const double>(W.view()), false).std ==
+            doctest::Approx(truth).scale(0).epsilon(tolerance));
+      // From what was stored the error is known as long as the spacing is finer than the numbers.
+      const double spacing = std::ldexp(1.0, smallest - bits);
+      const double from_stored = rounding_noise<S>(MatrixView<const double>(stored.view()), false).std;
+      if (std > spacing / 2) CHECK(from_stored == doctest::Approx(truth).scale(0).epsilon(0.02));
+      CHECK(from_stored <= std::max(truth * 1.02, spacing / std::sqrt(12.0) * 1.0001));
+    }
+  };
+  check(f16{}, 10, -14,
+        {1e-12, 1e-9, 1e-8, 2e-8, 3e-8, 6e-8, 1e-7, 1e-6, 1e-5, 3e-5, 6e-5, 1e-4, 3e-3, 0.02, 0.7, 1e3});
+  check(bf16{}, 7, -126, {1e-45, 1e-41, 3e-41, 6e-41, 1e-40, 1e-39, 1e-38, 3e-38, 1e-37, 1e-20, 0.02, 0.7, 1e30});
+  CHECK(std::abs(rounding_noise<f16>(64, 64, 1e-5, false).std - 1.7e-8) < 5e-10);
+  // What leaves the range has no finite error; zeros alone have none.
+  CHECK(std::isinf(rounding_noise<f16>(64, 64, 1e5, false).edge));
+  CHECK(std::isinf(rounding_noise<bf16>(64, 64, 1e39, false).edge));
+  Matrix<float> W(4, 5);
+  CHECK(rounding_noise<f16>(W, false).edge == 0);
+  CHECK(rounding_noise<f16>(8, 8, 0, false).edge == 0);
+  W(1, 2) = 65519;
+  CHECK(std::isfinite(rounding_noise<f16>(W, false).edge));
+  W(1, 2) = 65520;
+  CHECK(std::isinf(rounding_noise<f16>(W, false).edge));
+  CHECK(std::isfinite(rounding_noise<bf16>(W, false).edge));
+}
+
 TEST_CASE("rounding to bf16 and f16 has the size predicted, and its spectrum stays below the edge") {
   const auto check = [](auto tag) {
     using S = decltype(tag);

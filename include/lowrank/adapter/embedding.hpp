@@ -55,40 +55,45 @@ class LoraEmbedding : public FactorParameters<T> {
   /// ShapeError unless Y is tokens×dim; nothing is written then.
   template <MatrixOf<T> Y>
   void forward(std::span<const std::int32_t> ids, Y&& y, LoraWorkspace<T>& ws) const {
-    const MatrixView<T> Y_ = view_of(y);
+    const MatrixView<T> yv = view_of(y);
     const Index tokens = Index(ids.size());
-    detail::expect_shape("LoraEmbedding::forward", "Y", Y_.rows(), Y_.cols(), tokens, dimension());
+    detail::expect_not_moved_from("LoraEmbedding::forward", parameters_);
+    detail::expect_shape("LoraEmbedding::forward", "Y", yv.rows(), yv.cols(), tokens, dimension());
     detail::check_ids("LoraEmbedding::forward", ids, vocabulary());
-    detail::expect_apart_from_base("LoraEmbedding::forward", "Y", Y_, base_);
+    detail::expect_apart_from_base("LoraEmbedding::forward", "Y", yv, base_);
+    ws.layer = parameters_.identity();
     ws.tokens = tokens;
-    ws.T_.resize(tokens, rank());
+    ws.masked = false;
+    ws.reduced.resize(tokens, rank());
     ws.U.resize(1, dimension());
+    const MatrixView<const T> a = A();
     for (Index t = 0; t < tokens; ++t) {
       const Index id = ids[std::size_t(t)];
       base_.copy_row(id, ws.U.data());
-      for (Index j = 0; j < dimension(); ++j) Y_(t, j) = ws.U(0, j);
-      for (Index k = 0; k < rank(); ++k) ws.T_(t, k) = scale_ * A()(k, id);
+      for (Index j = 0; j < dimension(); ++j) yv(t, j) = ws.U(0, j);
+      for (Index k = 0; k < rank(); ++k) ws.reduced(t, k) = scale_ * a(k, id);
     }
-    detail::product<T, T, T>(T(1), MatrixView<const T>(ws.T_.view()), B(), true, Y_);
+    detail::product<T, T, T>(T(1), MatrixView<const T>(ws.reduced.view()), B(), true, yv);
   }
 
   /// dB = Gᵀ·T and dA[:, id_t] += s·Bᵀ·g_t, for the forward pass kept in `ws`. **Throws** ShapeError unless G is
   /// tokens×dim, ArgumentError for an id outside the vocabulary or without a matching forward; nothing is written then.
   template <MatrixOf<const T> G>
   void backward(std::span<const std::int32_t> ids, G&& g, LoraWorkspace<T>& ws, Update gradients = Update::accumulate) {
-    const MatrixView<const T> G_ = view_of(g);
+    const MatrixView<const T> gv = view_of(g);
     const Index tokens = Index(ids.size());
-    detail::expect_shape("LoraEmbedding::backward", "G", G_.rows(), G_.cols(), tokens, dimension());
+    detail::expect_shape("LoraEmbedding::backward", "G", gv.rows(), gv.cols(), tokens, dimension());
     detail::check_ids("LoraEmbedding::backward", ids, vocabulary());
-    if (ws.tokens != tokens || ws.T_.cols() != rank())
+    detail::expect_own_pass("LoraEmbedding::backward", ws, parameters_, vocabulary(), dimension(), rank());
+    if (ws.tokens != tokens || ws.reduced.cols() != rank())
       throw ArgumentError(detail::text("LoraEmbedding::backward: the workspace must hold the forward pass of these ",
                                        tokens, " tokens, it holds ",
                                        ws.tokens < 0 ? "none" : detail::to_text(ws.tokens)));
     const MatrixView<T> dA = parameters_.gradient(0), dB = parameters_.gradient(1);
-    const MatrixView<const T> kept = ws.T_.view();
+    const MatrixView<const T> kept = ws.reduced.view();
     ws.U.resize(tokens, rank());
-    detail::product<T, T, T>(scale_, G_, MatrixView<const T>(B()).transposed(), false, ws.U.view());
-    detail::product<T, T, T>(T(1), G_.transposed(), kept.transposed(), gradients == Update::accumulate, dB);
+    detail::product<T, T, T>(scale_, gv, MatrixView<const T>(B()).transposed(), false, ws.U.view());
+    detail::product<T, T, T>(T(1), gv.transposed(), kept.transposed(), gradients == Update::accumulate, dB);
     if (gradients == Update::assign) std::fill(dA.data(), dA.data() + dA.size(), T(0));
     for (Index t = 0; t < tokens; ++t)
       for (Index k = 0; k < rank(); ++k) dA(k, ids[std::size_t(t)]) += ws.U(t, k);
@@ -125,25 +130,25 @@ class FullEmbedding {
   /// overlaps the table, ShapeError unless Y is tokens×dim; nothing is written then.
   template <MatrixOf<T> Y>
   void forward(std::span<const std::int32_t> ids, Y&& y, LoraWorkspace<T>& /*ws*/) const {
-    const MatrixView<T> Y_ = view_of(y);
-    detail::expect_shape("FullEmbedding::forward", "Y", Y_.rows(), Y_.cols(), Index(ids.size()), dimension());
+    const MatrixView<T> yv = view_of(y);
+    detail::expect_shape("FullEmbedding::forward", "Y", yv.rows(), yv.cols(), Index(ids.size()), dimension());
     detail::check_ids("FullEmbedding::forward", ids, vocabulary());
-    detail::expect_apart("FullEmbedding::forward", "Y", Y_, "the table", weight());
-    for (Index t = 0; t < Y_.rows(); ++t)
-      for (Index j = 0; j < dimension(); ++j) Y_(t, j) = weight()(ids[std::size_t(t)], j);
+    detail::expect_apart("FullEmbedding::forward", "Y", yv, "the table", weight());
+    for (Index t = 0; t < yv.rows(); ++t)
+      for (Index j = 0; j < dimension(); ++j) yv(t, j) = weight()(ids[std::size_t(t)], j);
   }
   /// dE[id_t, :] += g_t (the gradient is cleared first when assigned). **Throws** ShapeError unless G is tokens×dim,
   /// ArgumentError for an id outside the vocabulary; nothing is written then.
   template <MatrixOf<const T> G>
   void backward(std::span<const std::int32_t> ids, G&& g, LoraWorkspace<T>& /*ws*/,
                 Update gradients = Update::accumulate) {
-    const MatrixView<const T> G_ = view_of(g);
-    detail::expect_shape("FullEmbedding::backward", "G", G_.rows(), G_.cols(), Index(ids.size()), dimension());
+    const MatrixView<const T> gv = view_of(g);
+    detail::expect_shape("FullEmbedding::backward", "G", gv.rows(), gv.cols(), Index(ids.size()), dimension());
     detail::check_ids("FullEmbedding::backward", ids, vocabulary());
     const MatrixView<T> d = parameters_.gradient(0);
     if (gradients == Update::assign) std::fill(d.data(), d.data() + d.size(), T(0));
-    for (Index t = 0; t < G_.rows(); ++t)
-      for (Index j = 0; j < dimension(); ++j) d(ids[std::size_t(t)], j) += G_(t, j);
+    for (Index t = 0; t < gv.rows(); ++t)
+      for (Index j = 0; j < dimension(); ++j) d(ids[std::size_t(t)], j) += gv(t, j);
   }
 
  private:

@@ -85,8 +85,8 @@ class FullLinear {
   [[nodiscard]] MatrixView<T> weight() noexcept { return parameters_.value(0); }
   [[nodiscard]] MatrixView<const T> weight() const noexcept { return parameters_.value(0); }
   [[nodiscard]] std::span<const T> bias() const noexcept {
-    return has_bias() ? std::span<const T>(parameters_.value(1).data(), std::size_t(out_features()))
-                      : std::span<const T>();
+    const MatrixView<const T> b = parameters_.value(1);  // an empty one without a bias
+    return {b.data(), std::size_t(b.cols())};
   }
   [[nodiscard]] Parameters<T>& parameters() noexcept { return parameters_; }
   [[nodiscard]] const Parameters<T>& parameters() const noexcept { return parameters_; }
@@ -97,6 +97,7 @@ class FullLinear {
   void forward(X&& x, Y&& y, LoraWorkspace<T>& /*ws*/, Phase /*phase*/ = Phase::train) const {
     const MatrixView<const T> xv = view_of(x);
     const MatrixView<T> yv = view_of(y);
+    detail::expect_not_moved_from("FullLinear::forward", parameters_);
     detail::expect_operands<T>("FullLinear::forward", "X", xv, in_features(), "Y", yv, out_features());
     detail::expect_apart("FullLinear::forward", "Y", yv, "W", weight());
     detail::product<T, T, T>(T(1), xv, weight(), false, yv);
@@ -124,6 +125,7 @@ class FullLinear {
   [[nodiscard]] bool has_bias() const noexcept { return parameters_.table().size() > 1; }
   void backward_impl(MatrixView<const T> X, MatrixView<const T> G, std::optional<MatrixView<T>> dX,
                      BackwardOptions options) {
+    detail::expect_not_moved_from("FullLinear::backward", parameters_);
     detail::expect_backward<T>("FullLinear::backward", X, G, dX, in_features(), out_features());
     const MatrixView<const T> W = weight();
     if (dX) detail::expect_apart("FullLinear::backward", "dX", *dX, "W", W);

@@ -76,7 +76,8 @@ class LoraLinear : public FactorParameters<T> {
   [[nodiscard]] const Base& base() const noexcept { return base_; }
   /// Bias as it is now, empty when the layer has none.
   [[nodiscard]] std::span<const T> bias() const noexcept {
-    return options_.train_bias ? std::span<const T>(parameters_.value(2).data(), std::size_t(out_features()))
+    const MatrixView<const T> trained = parameters_.value(2);
+    return options_.train_bias ? std::span<const T>(trained.data(), std::size_t(trained.cols()))
                                : std::span<const T>(bias_);
   }
 
@@ -87,17 +88,19 @@ class LoraLinear : public FactorParameters<T> {
   void forward(X&& x, Y&& y, LoraWorkspace<T>& ws, Phase phase = Phase::train) const {
     const MatrixView<const T> xv = view_of(x);
     const MatrixView<T> yv = view_of(y);
+    detail::expect_not_moved_from("LoraLinear::forward", parameters_);
     detail::expect_operands<T>("LoraLinear::forward", "X", xv, in_features(), "Y", yv, out_features());
     detail::expect_apart_from_base("LoraLinear::forward", "Y", yv, base_);
     const bool drops = phase == Phase::train && options_.dropout > 0;
     if (drops) detail::begin_dropping(ws, workspaces_);
     lora_forward<T>(base_, A(), B(), scale_, xv, yv, ws, mask(drops, ws));
+    ws.layer = parameters_.identity();
     if (!bias().empty()) detail::add_bias<T>(bias(), yv);
   }
 
   /// Gradients of A, B (and a trained bias) into parameters().gradients(), and dX, for the forward pass kept in `ws`.
   /// dX may be X's own memory. **Throws** ShapeError on sizes that disagree, ArgumentError without a matching forward
-  /// or when dX overlaps G or a dense W. Nothing is written then.
+  /// of this layer or when dX overlaps G or a dense W. Nothing is written then.
   template <MatrixOf<const T> X, MatrixOf<const T> G, MatrixOf<T> DX>
   void backward(X&& x, G&& g, LoraWorkspace<T>& ws, DX&& dx, BackwardOptions options = {}) {
     backward_impl(view_of(x), view_of(g), ws, MatrixView<T>(view_of(dx)), options);
@@ -121,6 +124,7 @@ class LoraLinear : public FactorParameters<T> {
   }
   void backward_impl(MatrixView<const T> X, MatrixView<const T> G, LoraWorkspace<T>& ws,
                      std::optional<MatrixView<T>> dX, BackwardOptions options) {
+    detail::expect_own_pass("LoraLinear::backward", ws, parameters_, out_features(), in_features(), rank());
     const std::optional<detail::DropoutMask> dropped = mask(ws.masked, ws);
     detail::expect_lora_backward<T>("LoraLinear::backward", base_, rank(), X, G, ws, dX, dropped.has_value());
     if (options_.train_bias)

@@ -52,9 +52,11 @@ void expect_lora_backward(const char* where, const Base& base, Index rank, Matri
                           const LoraWorkspace<T>& ws, const std::optional<MatrixView<T>>& dX, bool masked) {
   expect_backward<T>(where, X, G, dX, base.cols(), base.rows());
   if (dX) expect_apart_from_base(where, "dX", *dX, base);
-  if (ws.tokens != X.rows() || ws.masked != masked || ws.T_.cols() != rank)
-    throw ArgumentError(text(where, ": the workspace must hold the forward pass of these ", X.rows(),
-                             " tokens, it holds ", ws.tokens < 0 ? "none" : to_text(ws.tokens)));
+  if (ws.tokens != X.rows() || ws.masked != masked || ws.reduced.cols() != rank)
+    throw ArgumentError(text(
+        where, ": the workspace must hold the forward pass of these ", X.rows(), " tokens at rank ", rank,
+        masked ? " with dropout" : "", ", it holds ",
+        ws.tokens < 0 ? "none" : text(ws.tokens, " at rank ", ws.reduced.cols(), ws.masked ? " with dropout" : "")));
 }
 
 }  // namespace detail
@@ -81,17 +83,18 @@ void lora_forward(const Base& base, std::type_identity_t<MatrixView<const T>> A,
     mask->for_each(tokens, in, [&](Index i, Index j, double f) { ws.dropped(i, j) = T(f) * X(i, j); });
     dropped = ws.dropped.view();
   }
+  ws.layer.reset();
   ws.tokens = tokens;
   ws.masked = mask.has_value();
-  ws.T_.resize(tokens, r);
-  detail::product<T, T, T>(scale, dropped, A, false, ws.T_.view());
+  ws.reduced.resize(tokens, r);
+  detail::product<T, T, T>(scale, dropped, A, false, ws.reduced.view());
 
   if constexpr (PackableBase<Base, T>)
     if (detail::rides_along<Base, T>(X))
-      return detail::concat_product(detail::DenseSource<T>{X}, detail::DenseSource<T>{ws.T_.view()}, base.panels(),
+      return detail::concat_product(detail::DenseSource<T>{X}, detail::DenseSource<T>{ws.reduced.view()}, base.panels(),
                                     detail::DenseSource<T>{B}, false, Y);
   base.forward(X, Y, Update::assign);
-  detail::product<T, T, T>(T(1), MatrixView<const T>(ws.T_.view()), B, true, Y);
+  detail::product<T, T, T>(T(1), MatrixView<const T>(ws.reduced.view()), B, true, Y);
 }
 
 /// Gradients of a forward pass made with the same workspace: dA = Uᵀ·X̃, dB = Gᵀ·T, and dX = G·W + U·A (masked as X was)
@@ -115,7 +118,7 @@ void lora_backward(const Base& base, std::type_identity_t<MatrixView<const T>> A
   detail::expect_lora_backward<T>("lora_backward", base, r, X, G, ws, dX, mask.has_value());
 
   const bool add = options.gradients == Update::accumulate;
-  const MatrixView<const T> kept = ws.T_.view();
+  const MatrixView<const T> kept = ws.reduced.view();
   const MatrixView<const T> dropped = mask ? MatrixView<const T>(ws.dropped.view()) : X;
   ws.U.resize(tokens, r);
   const MatrixView<const T> U = ws.U.view();

@@ -69,29 +69,37 @@ class MergedWeight {
   bool merged_ = true;
 };
 
+namespace detail {
+
+/// Puts a merged weight, `formula` of it, into W's own storage. **Throws** before it writes, where W cannot hold it.
+template <class S, class T>
+MergedWeight<S> put_merged(MatrixView<S> w, const Matrix<T>& merged, const char* formula) {
+  for (Index i = 0; i < w.rows(); ++i)
+    for (Index j = 0; j < w.cols(); ++j) {
+      const double sum = double(merged(i, j));
+      if (std::isfinite(double(S(merged(i, j))))) continue;
+      if (!std::isfinite(sum))
+        throw NonFiniteError(text("merge_into: element (", i, ", ", j, ") of ", formula, " is ", sum));
+      throw ArgumentError(text("merge_into: element (", i, ", ", j, ") of ", formula, " is ", sum,
+                               ", beyond the range of W's storage of ", 8 * sizeof(S), " bits"));
+    }
+  Matrix<S> original{MatrixView<const S>(w)};
+  for (Index i = 0; i < w.rows(); ++i)
+    for (Index j = 0; j < w.cols(); ++j) w(i, j) = S(merged(i, j));
+  return MergedWeight<S>(w, std::move(original));
+}
+
+}  // namespace detail
+
 /// Replaces W by W + s·B·A in its own storage (rounded to nearest even for bf16 and f16) and keeps the original.
 ///
 /// **Throws** ShapeError when the factors are not of W's shape; ArgumentError when a sum leaves the range of W's
 /// storage (65504 for f16); NonFiniteError when W, a factor or a sum is not finite. W is then unchanged.
 /// **Cost** 2·out·in·r flops and two copies.
 template <Real T, MatrixLike W>
-auto merge_into(W&& weight, const LoraFactors<T>& f) {
-  using S = scalar_of<W>;
-  const MatrixView<S> w = view_of(weight);
-  const Matrix<T> merged = merged_weight<T>(w, f);
-  for (Index i = 0; i < w.rows(); ++i)
-    for (Index j = 0; j < w.cols(); ++j) {
-      const double sum = double(merged(i, j));
-      if (std::isfinite(double(S(merged(i, j))))) continue;
-      if (!std::isfinite(sum))
-        throw NonFiniteError(detail::text("merge_into: element (", i, ", ", j, ") of W + s*B*A is ", sum));
-      throw ArgumentError(detail::text("merge_into: element (", i, ", ", j, ") of W + s*B*A is ", sum,
-                                       ", beyond the range of W's storage of ", 8 * sizeof(S), " bits"));
-    }
-  Matrix<S> original{MatrixView<const S>(w)};
-  for (Index i = 0; i < w.rows(); ++i)
-    for (Index j = 0; j < w.cols(); ++j) w(i, j) = S(merged(i, j));
-  return MergedWeight<S>(w, std::move(original));
+MergedWeight<scalar_of<W>> merge_into(W&& weight, const LoraFactors<T>& f) {
+  const MatrixView<scalar_of<W>> w = view_of(weight);
+  return detail::put_merged(w, merged_weight<T>(w, f), "W + s*B*A");
 }
 
 }  // namespace lowrank

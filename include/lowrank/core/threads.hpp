@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <exception>
 
 #include "lowrank/core/matrix_view.hpp"
 
@@ -24,21 +26,57 @@ inline int max_threads() {
 
 namespace detail {
 
-/// Calls f(part, parts) once for every part in [0, parts), on as many threads. f must not throw.
+/// The first exception of a parallel loop: no thread may let one out of its part of an OpenMP region, the program would
+/// end. Keeps it and throws it again after the loop. Nothing is allocated, and without a throw nothing is written.
+class FirstException {
+ public:
+  template <class F>
+  void run(F&& f) noexcept {
+    try {
+      f();
+    } catch (...) {
+      if (!taken_.test_and_set()) first_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (first_) [[unlikely]]
+      std::rethrow_exception(first_);
+  }
+
+ private:
+  std::atomic_flag taken_;
+  std::exception_ptr first_;
+};
+
+}  // namespace detail
+
+/// Calls f(part, parts) once for every part in [0, parts), on as many threads.
+///
+/// **Throws** what a part throws, the first that did, once all have ended; without OpenMP the parts after it are not
+/// run. **Cost** no allocation.
 template <class F>
 void parallel_parts(int parts, F&& f) {
 #if defined(_OPENMP)
   if (parts > 1) {
+    detail::FirstException exception;
 #pragma omp parallel for schedule(static, 1) num_threads(parts)
-    for (int p = 0; p < parts; ++p) f(p, parts);
+    for (int p = 0; p < parts; ++p) exception.run([&] { f(p, parts); });
+    exception.rethrow();
     return;
   }
 #endif
   for (int p = 0; p < parts; ++p) f(p, parts);
 }
 
-/// Splits [0, n) into at most max_threads() ranges of at least `grain` and calls f(begin, end) on each. f must not
-/// throw. The split changes which thread does an element, never how it is computed.
+/// Splits [0, n) into at most max_threads() ranges of at least `grain` and calls f(begin, end) on each, in parallel.
+/// The split changes which thread does an element, never how it is computed.
+///
+///     parallel_ranges(m, 16, [&](Index begin, Index end) {
+///       for (Index i = begin; i < end; ++i) …
+///     });
+///
+/// **Throws** what f throws, the first that did, once all ranges have ended. **Cost** no allocation; nothing is run
+/// beside the caller without OpenMP, or inside somebody's parallel region.
 template <class F>
 void parallel_ranges(Index n, Index grain, F&& f) {
   if (n <= 0) return;
@@ -46,5 +84,4 @@ void parallel_ranges(Index n, Index grain, F&& f) {
   parallel_parts(parts, [&](int p, int of) { f(n * p / of, n * (p + 1) / of); });
 }
 
-}  // namespace detail
 }  // namespace lowrank

@@ -97,7 +97,7 @@ enum class CordaMode {
 
 struct CordaOptions {
   /// r, 1 … min(out, in).
-  Index rank = 8;
+  Index rank = 16;
   /// α; s = α/r, or α/√r when rank_stabilised.
   double alpha = 16;
   bool rank_stabilised = false;
@@ -106,7 +106,7 @@ struct CordaOptions {
   double damping = 0.01;
   /// Type the factors will be stored in; the base is formed from the rounded ones.
   FactorStorage factor_storage = FactorStorage::native;
-  /// Accuracy of the truncated SVD of W·C (mode instruction); svd.seed is the seed of all randomness here.
+  /// Accuracy of the truncated SVD of W·C (mode instruction); svd.seed is that of its start vectors.
   TruncatedSvdOptions svd = {};
 };
 
@@ -181,7 +181,8 @@ void corda_factors(MatrixView<const S> W, CordaTriplets<T>&& d, double scale, Lo
 /// A = √(S/s)·(C⁻¹V)ᵀ; base = W − s·B·A.
 ///
 /// C is not inverted: S·(C⁻¹V)ᵀ = Uᵀ·W·C·C⁻¹ = Uᵀ·W, so A = (s·S)^(−½)·Uᵀ·W and s·B·A = U·Uᵀ·W.
-/// **Shapes** W out×in in any order and storage, the covariance in×in; base out×in stored as `Base`. **Scale** s = α/r
+/// **Shapes** W out×in in any order and storage, the covariance in×in; base out×in stored as `Base`,
+/// `corda<float, bf16>(W, covariance)`. **Scale** s = α/r
 /// or α/√r.
 /// **Throws** ShapeError: the covariance is of another layer; ArgumentError: rank, α, damping, no activations, svd
 /// options, factors outside the range of their storage type; NonFiniteError. **Cost** instruction: a truncated SVD of
@@ -190,11 +191,11 @@ void corda_factors(MatrixView<const S> W, CordaTriplets<T>&& d, double scale, Lo
 /// PEFT doubles the damping until its inverse is accurate; here nothing depends on an inverse and the damping stays as
 /// given. `captured_energy` and `total_energy` are those of W·C.
 /// **Source** Yang et al., "CorDA", arXiv 2406.05223, §3.2–3.3.
-template <class Base = void, MatrixLike X>
-auto corda(X&& weight, const ActivationCovariance<arithmetic_of<scalar_of<X>>>& covariance,
-           const CordaOptions& options = {}) {
+template <class Factor = void, class Base = void, MatrixLike X>
+requires FactorScalarOf<Factor, X> && BaseStorageOf<Base, X> InitialisedFrom<X, Base> corda(
+    X&& weight, const ActivationCovariance<factor_scalar<X>>& covariance, const CordaOptions& options = {}) {
   using S = scalar_of<X>;
-  using T = arithmetic_of<S>;
+  using T = factor_scalar<X>;
   const detail::Stopwatch watch;
   const MatrixView<const S> W = view_of(weight);
   const Index m = W.rows(), n = W.cols(), r = options.rank;
@@ -206,7 +207,7 @@ auto corda(X&& weight, const ActivationCovariance<arithmetic_of<scalar_of<X>>>& 
   detail::expect_finite("corda", "W", W);
   const Matrix<T> C = covariance.damped(options.damping);
 
-  Initialised<T, std::conditional_t<std::is_void_v<Base>, T, Base>> result;
+  InitialisedFrom<X, Base> result;
   InitReport& report = result.report;
   detail::CordaTriplets<T> d = detail::corda_triplets<T, S>(W, C.view(), options);
   report.total_energy = d.total_energy;

@@ -17,6 +17,7 @@ struct ActivationSvdOptions {
   /// Subtract the running mean, as the published implementation does (principal components); without, the plain SVD of
   /// X.
   bool centre = true;
+  /// Of the start vectors of the first SVD, on which the directions depend only as far as its accuracy goes.
   std::uint64_t seed = 0;
 };
 
@@ -180,7 +181,7 @@ inline std::vector<Index> eva_ranks(const std::vector<std::vector<double>>& expl
 
 struct EvaOptions {
   /// r, 1 … the directions found; for redistributed ranks, what eva_ranks gave this layer.
-  Index rank = 8;
+  Index rank = 16;
   /// α; s = α/r, or α/√r when rank_stabilised.
   double alpha = 16;
   bool rank_stabilised = false;

@@ -4,11 +4,15 @@
 
 #include <chrono>
 #include <cmath>
+#include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 #include <type_traits>
 
 #include "lowrank/core/factors.hpp"
+#include "lowrank/core/seeding.hpp"
+#include "lowrank/core/view_of.hpp"
 #include "lowrank/linalg/detail/scaling.hpp"
 
 namespace lowrank {
@@ -34,6 +38,9 @@ struct InitReport {
   /// Passes over the matrix decomposed; 0 when a full decomposition was taken.
   Index passes = 0;
   double seconds = 0;
+  /// The seed of the random numbers drawn, given or taken from the process-wide sequence: as an option it gives these
+  /// factors again. 0 for the methods that draw none.
+  std::uint64_t seed = 0;
   /// False when an iteration stopped before its tolerance; the factors are the best found, their products exact all the
   /// same.
   bool converged = true;
@@ -45,7 +52,7 @@ struct InitReport {
 /// factors.
 ///
 /// **Shapes** base out×in, or empty with `base_changed == false` when the layer keeps W itself; A r×in, B out×r.
-/// `Base` is how the base is stored (T, bf16 or f16), T what the factors are computed in.
+/// T is what the factors are computed in, `Base` how the base is stored (T, bf16 or f16).
 template <Real T, class Base = T>
 struct Initialised {
   Matrix<Base> base;
@@ -53,6 +60,38 @@ struct Initialised {
   LoraFactors<T> factors;
   InitReport report;
 };
+
+namespace detail {
+/// The scalar an initialiser computes the factors of X in. Defined for every X, so that a wrong one fails a concept
+/// that says what to do and not the spelling of a return type.
+template <class X>
+struct FactorScalar {
+  using type = float;
+};
+template <MatrixLike X>
+struct FactorScalar<X> {
+  using type = arithmetic_of<scalar_of<X>>;
+};
+}  // namespace detail
+
+/// The type an initialiser computes the factors of the weight X in: float for float, bf16 and f16, double for double.
+template <class X>
+using factor_scalar = typename detail::FactorScalar<X>::type;
+
+/// What the first template argument of an initialiser may be, `pissa<float>(W)`: the scalar of the factors as the
+/// weight decides it (`factor_scalar`), spelt out; void leaves it to the weight. The type the base is stored in comes
+/// second.
+template <class Factor, class X>
+concept FactorScalarOf = std::is_void_v<Factor> || std::same_as<Factor, factor_scalar<X>>;
+
+/// What the second template argument of an initialiser that changes the base may be, `pissa<float, bf16>(W)`: the type
+/// the base is stored in; void stores it as the factors.
+template <class Base, class X>
+concept BaseStorageOf = std::is_void_v<Base> || StorageOf<Base, factor_scalar<X>>;
+
+/// What an initialiser makes of the weight X when asked to store the base as `Base`.
+template <class X, class Base = void>
+using InitialisedFrom = Initialised<factor_scalar<X>, std::conditional_t<std::is_void_v<Base>, factor_scalar<X>, Base>>;
 
 namespace detail {
 
@@ -65,6 +104,9 @@ double scale_of(const Options& o) {
                              ", beyond the range of a scalar of ", 8 * sizeof(T), " bits"));
   return s;
 }
+
+/// The seed that was given, else the next of the process.
+inline std::uint64_t seed_or_fresh(const std::optional<std::uint64_t>& seed) { return seed ? *seed : fresh_seed(); }
 
 class Stopwatch {
  public:

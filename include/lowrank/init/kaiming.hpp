@@ -9,11 +9,12 @@ namespace lowrank {
 
 struct KaimingOptions {
   /// r, 1 … min(out, in).
-  Index rank = 8;
+  Index rank = 16;
   /// α; s = α/r, or α/√r when rank_stabilised.
   double alpha = 16;
   bool rank_stabilised = false;
-  std::uint64_t seed = 0;
+  /// Of A's random numbers; none: the next of the process-wide sequence that seed_everything starts.
+  std::optional<std::uint64_t> seed = std::nullopt;
 };
 
 /// Factors with A random and B zero, so that training starts from W: A_ij ~ U(−1/√in, 1/√in), B = 0.
@@ -22,7 +23,8 @@ struct KaimingOptions {
 /// a convolution `in` is channels·height·width of the kernel.
 /// **Shapes** A r×in, B out×r. **Scale** s = α/r or α/√r.
 /// **Throws** ArgumentError: rank outside [1, min(out, in)], α not positive and finite.
-/// **Cost** r·in random numbers. **Numerics** same seed, same bits, whatever the threads.
+/// **Cost** r·in random numbers. **Numerics** same seed, same bits, whatever the threads; without a seed
+/// every call draws other numbers, the same in every run (seed_everything). `report.seed` is the one taken.
 /// **Source** He et al., arXiv 1502.01852; Hu et al., arXiv 2106.09685, §4.1.
 template <Real T>
 Initialised<T> kaiming(Index out, Index in, const KaimingOptions& options = {}) {
@@ -33,7 +35,8 @@ Initialised<T> kaiming(Index out, Index in, const KaimingOptions& options = {}) 
   result.factors.A.resize(options.rank, in);
   result.factors.B = Matrix<T>(out, options.rank);
   const double bound = 1 / std::sqrt(double(in));
-  CounterRng(options.seed).fill_uniform(result.factors.A.view(), -bound, bound);
+  result.report.seed = detail::seed_or_fresh(options.seed);
+  CounterRng(result.report.seed).fill_uniform(result.factors.A.view(), -bound, bound);
   result.report.method = "kaiming";
   result.report.seconds = watch.seconds();
   return result;

@@ -21,11 +21,12 @@ namespace lowrank {
 /// **Numerics** an inexact SVD raises an iteration's error by at most about `svd_slack`; the error never exceeds that
 /// of plain quantisation. Same seed, same bits, whatever the threads.
 /// **Source** Li et al., "LoftQ", arXiv 2310.08659, algorithm 1. As published, s is ignored by PEFT; here it is not.
-template <MatrixLike X>
-auto loftq(X&& weight, const LoftqOptions& options = {},
-           std::type_identity_t<MatrixView<const arithmetic_of<scalar_of<X>>>> covariance = {}) {
+template <class Factor = void, MatrixLike X>
+requires FactorScalarOf<Factor, X> QuantisedInit<factor_scalar<X>> loftq(
+    X&& weight, const LoftqOptions& options = {},
+    std::type_identity_t<MatrixView<const factor_scalar<X>>> covariance = {}) {
   using S = scalar_of<X>;
-  using T = arithmetic_of<S>;
+  using T = factor_scalar<X>;
   detail::QuantisedAlternation<T, S> a("loftq", view_of(weight), options, covariance);
   for (int t = 0; t < options.iterations; ++t) {
     if (t > 0 || options.gptq) a.quantise_rest();  // else the first Q is quant(W), which the constructor has made

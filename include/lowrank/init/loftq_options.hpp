@@ -34,6 +34,7 @@ struct LoftqOptions {
   bool nuclear = false;
   /// Data-aware methods: the covariance becomes C + damping·mean(diag C)·I.
   double damping = 0.01;
+  /// Of the start vectors of the first SVD, which the result depends on within svd_slack.
   std::uint64_t seed = 0;
 };
 

@@ -8,7 +8,7 @@ namespace lowrank {
 
 struct LoraGaOptions {
   /// r; 2·r ≤ min(out, in).
-  Index rank = 8;
+  Index rank = 16;
   /// α; s = α/r, or α/√r when rank_stabilised.
   double alpha = 16;
   bool rank_stabilised = false;
@@ -16,7 +16,7 @@ struct LoraGaOptions {
   double gamma = 16;
   /// Type the factors will be stored in; the base is formed from the rounded ones.
   FactorStorage factor_storage = FactorStorage::native;
-  /// Accuracy of the SVD of the gradient; svd.seed is the seed of all randomness here.
+  /// Accuracy of the SVD of the gradient; svd.seed is that of its start vectors.
   TruncatedSvdOptions svd = {};
 };
 
@@ -24,17 +24,19 @@ struct LoraGaOptions {
 /// s·B·A.
 ///
 /// The first step then changes s·B·A along the best rank-2r approximation of G that two factors can give.
-/// **Shapes** W out×in and G = ∂L/∂W out×in, any order, storages of one arithmetic type; base out×in stored as `Base`.
+/// **Shapes** W out×in and G = ∂L/∂W out×in, any order, storages of one arithmetic type; base out×in stored as `Base`,
+/// `lora_ga<float, bf16>(W, G)`.
 /// **Scale** s = α/r or α/√r; c does not depend on the size of G, only on its directions.
 /// **Throws** ArgumentError: 2·rank above min(out, in), α, γ, svd options, a zero gradient, factors outside the
 /// range of their storage type; ShapeError: G's shape is not W's; NonFiniteError. **Cost** a truncated SVD of G of rank
 /// 2r, and 2·out·in·r flops for the base.
 /// **Numerics** base + s·B·A = W to rounding. `captured_energy` and `total_energy` are those of G at rank 2r.
 /// **Source** Wang, Yu and Li, "LoRA-GA", arXiv 2407.05000, Algorithm 1 (there d_out^¼/√γ, our c).
-template <class Base = void, MatrixLike X, MatrixLike Y>
-auto lora_ga(X&& weight, Y&& gradient, const LoraGaOptions& options = {}) {
+template <class Factor = void, class Base = void, MatrixLike X, MatrixLike Y>
+requires FactorScalarOf<Factor, X> && BaseStorageOf<Base, X> InitialisedFrom<X, Base> lora_ga(
+    X&& weight, Y&& gradient, const LoraGaOptions& options = {}) {
   using S = scalar_of<X>;
-  using T = arithmetic_of<S>;
+  using T = factor_scalar<X>;
   static_assert(std::is_same_v<T, arithmetic_of<scalar_of<Y>>>,
                 "lora_ga: weight and gradient must share their type of arithmetic (double, or float and narrower)");
   const detail::Stopwatch watch;
@@ -47,7 +49,7 @@ auto lora_ga(X&& weight, Y&& gradient, const LoraGaOptions& options = {}) {
         detail::text("lora_ga: twice the rank must lie in [2, min(", W.rows(), ", ", W.cols(), ")], got rank ", r));
   if (!(options.gamma > 0) || !std::isfinite(options.gamma))
     throw ArgumentError(detail::text("lora_ga: gamma must be positive and finite, got ", options.gamma));
-  Initialised<T, std::conditional_t<std::is_void_v<Base>, T, Base>> result;
+  InitialisedFrom<X, Base> result;
   result.factors.scale = T(detail::scale_of<T>(options));
 
   const TruncatedSvd<T> d = truncated_svd(G, 2 * r, options.svd);

@@ -10,13 +10,15 @@ namespace lowrank {
 
 struct LoraXsOptions {
   /// r, 1 … min(out, in).
-  Index rank = 8;
+  Index rank = 16;
   /// α; s = α/r, or α/√r when rank_stabilised.
   double alpha = 16;
   bool rank_stabilised = false;
   /// Standard deviation of the core at the start.
   double core_std = 1e-5;
-  /// Accuracy of the truncated SVD; svd.seed is the seed of all randomness here.
+  /// Of the core's random numbers; none: the next of the process-wide sequence that seed_everything starts.
+  std::optional<std::uint64_t> seed = std::nullopt;
+  /// Accuracy of the truncated SVD, and the seed of its start vectors.
   TruncatedSvdOptions svd = {};
 };
 
@@ -38,12 +40,13 @@ struct LoraXs {
 /// **Shapes** W out×in in any order and storage; B out×r, core r×r, A r×in. The base is W, unchanged but for the tiny
 /// core.
 /// **Scale** s = α/r or α/√r. **Throws** ArgumentError: rank, α, core_std, svd options; NonFiniteError.
-/// **Cost** one truncated SVD. **Numerics** A orthonormal to a few eps.
+/// **Cost** one truncated SVD. **Numerics** A orthonormal to a few eps. Same seeds, same bits; without a seed
+/// every call draws another core, the same in every run (seed_everything). `report.seed` is the one taken.
 /// **Source** Bałazy et al., "LoRA-XS", arXiv 2405.17604, §3 (their A and B are our B and A).
-template <MatrixLike X>
-auto lora_xs(X&& weight, const LoraXsOptions& options = {}) {
+template <class Factor = void, MatrixLike X>
+requires FactorScalarOf<Factor, X> LoraXs<factor_scalar<X>> lora_xs(X&& weight, const LoraXsOptions& options = {}) {
   using S = scalar_of<X>;
-  using T = arithmetic_of<S>;
+  using T = factor_scalar<X>;
   const detail::Stopwatch watch;
   const MatrixView<const S> W = view_of(weight);
   detail::check_rank("lora_xs", options.rank, W.rows(), W.cols());
@@ -57,7 +60,8 @@ auto lora_xs(X&& weight, const LoraXsOptions& options = {}) {
     for (Index j = 0; j < result.B.cols(); ++j) result.B(i, j) *= d.S[std::size_t(j)];
   result.A = Matrix<T>(d.V.view().transposed());
   result.core = Matrix<T>(options.rank, options.rank);
-  CounterRng(options.svd.seed, 1).fill_normal(result.core.view(), 0, options.core_std);
+  result.report.seed = detail::seed_or_fresh(options.seed);
+  CounterRng(result.report.seed, 1).fill_normal(result.core.view(), 0, options.core_std);
   result.report.method = "lora_xs";
   result.report.captured_energy = d.captured_energy;
   result.report.total_energy = d.total_energy;

@@ -9,13 +9,13 @@ namespace lowrank {
 
 struct MiloraOptions {
   /// r, 1 … min(out, in).
-  Index rank = 8;
+  Index rank = 16;
   /// α; s = α/r, or α/√r when rank_stabilised.
   double alpha = 16;
   bool rank_stabilised = false;
   /// Type the factors will be stored in; the base is formed from the rounded ones.
   FactorStorage factor_storage = FactorStorage::native;
-  /// How the smallest triplets are found, and the seed.
+  /// How the smallest triplets are found, and the seed of the start vectors.
   MinorSvdOptions svd = {};
 };
 
@@ -26,15 +26,16 @@ struct MiloraOptions {
 /// `report.notes` says when a full SVD was needed. **Numerics** base + s·B·A = W to rounding of the base's type. Where
 /// W is singular the factors start at zero and `notes` says so.
 /// **Source** Wang et al., "MiLoRA", arXiv 2406.09044, §3.
-template <class Base = void, MatrixLike X>
-auto milora(X&& weight, const MiloraOptions& options = {}) {
+template <class Factor = void, class Base = void, MatrixLike X>
+requires FactorScalarOf<Factor, X> && BaseStorageOf<Base, X> InitialisedFrom<X, Base> milora(
+    X&& weight, const MiloraOptions& options = {}) {
   using S = scalar_of<X>;
-  using T = arithmetic_of<S>;
+  using T = factor_scalar<X>;
   const detail::Stopwatch watch;
   const MatrixView<const S> W = view_of(weight);
   detail::check_rank("milora", options.rank, W.rows(), W.cols());
   const double scale = detail::scale_of<T>(options);
-  Initialised<T, std::conditional_t<std::is_void_v<Base>, T, Base>> result;
+  InitialisedFrom<X, Base> result;
   const MinorSvd<T> d = minor_svd(W, options.rank, options.svd);
   detail::balanced_factors<T>(d.U.view(), d.S, d.V.view(), scale, result.factors);
   for (const T s : d.S) result.report.captured_energy += double(s) * double(s);
@@ -50,11 +51,11 @@ auto milora(X&& weight, const MiloraOptions& options = {}) {
 
 struct MicaOptions {
   /// r, 1 … min(out, in).
-  Index rank = 8;
+  Index rank = 16;
   /// α; s = α/r, or α/√r when rank_stabilised.
   double alpha = 16;
   bool rank_stabilised = false;
-  /// How the smallest triplets are found, and the seed.
+  /// How the smallest triplets are found, and the seed of the start vectors.
   MinorSvdOptions svd = {};
 };
 
@@ -64,13 +65,13 @@ struct MicaOptions {
 /// SVD's `in`, not of the out − in directions that W does not reach. **Scale** s = α/r or α/√r. **Throws**, **Cost** as
 /// milora.
 /// **Source** Rüdiger and Raschka, "MiCA", arXiv 2604.01694.
-template <MatrixLike X>
-auto mica(X&& weight, const MicaOptions& options = {}) {
-  using T = arithmetic_of<scalar_of<X>>;
+template <class Factor = void, MatrixLike X>
+requires FactorScalarOf<Factor, X> InitialisedFrom<X> mica(X&& weight, const MicaOptions& options = {}) {
+  using T = factor_scalar<X>;
   const detail::Stopwatch watch;
   const MatrixView<const scalar_of<X>> W = view_of(weight);
   detail::check_rank("mica", options.rank, W.rows(), W.cols());
-  Initialised<T> result;
+  InitialisedFrom<X> result;
   result.factors.scale = T(detail::scale_of<T>(options));
   MinorSvd<T> d = minor_svd(W, options.rank, options.svd);
   result.factors.B = std::move(d.U);

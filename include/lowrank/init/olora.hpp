@@ -9,7 +9,7 @@ namespace lowrank {
 
 struct OloraOptions {
   /// r, 1 … min(out, in).
-  Index rank = 8;
+  Index rank = 16;
   /// α; s = α/r, or α/√r when rank_stabilised.
   double alpha = 16;
   bool rank_stabilised = false;
@@ -20,8 +20,8 @@ struct OloraOptions {
 /// OLoRA: with W = Q·R, B = Q(:, 1…r), A = R(1…r, :) and base = W − s·B·A.
 ///
 /// The first r columns of Q depend on the first r columns of W alone, and R(1…r, :) = Bᵀ·W: no full QR is taken.
-/// **Shapes** W out×in, f32, f64, bf16 or f16 in any order; base out×in stored as `Base` (default: the type of
-/// arithmetic).
+/// **Shapes** W out×in, f32, f64, bf16 or f16 in any order; base out×in stored as `Base`, by default as
+/// the factors: `olora<float, bf16>(W)`.
 /// **Scale** s = α/r or α/√r. As in the paper's code the factors carry no 1/s: the base gives up s·B·A, which is more
 /// or less than the projection B·A of W unless s = 1.
 /// **Throws** ArgumentError: rank, α, factors outside the range of their storage type; NonFiniteError: NaN or infinity
@@ -29,16 +29,16 @@ struct OloraOptions {
 /// **Numerics** signs of the columns of Q are those of Householder's method; B·A does not depend on them. When the
 /// first r columns of W are dependent, the columns of B that W does not determine are some orthonormal completion.
 /// **Source** Büyükakyüz, "OLoRA", arXiv 2406.01775, Algorithm 1.
-template <class Base = void, MatrixLike X>
-auto olora(X&& weight, const OloraOptions& options = {}) {
+template <class Factor = void, class Base = void, MatrixLike X>
+requires FactorScalarOf<Factor, X> && BaseStorageOf<Base, X> InitialisedFrom<X, Base> olora(
+    X&& weight, const OloraOptions& options = {}) {
   using S = scalar_of<X>;
-  using T = arithmetic_of<S>;
-  using Stored = std::conditional_t<std::is_void_v<Base>, T, Base>;
+  using T = factor_scalar<X>;
   const detail::Stopwatch watch;
   const MatrixView<const S> W = view_of(weight);
   const Index r = options.rank, m = W.rows(), n = W.cols();
   detail::check_rank("olora", r, m, n);
-  Initialised<T, Stored> result;
+  InitialisedFrom<X, Base> result;
   result.factors.scale = T(detail::scale_of<T>(options));
   // Powers of two, taken in double: columns of 1e30 must not overflow in the products of the QR, nor denormals lose
   // their bits.

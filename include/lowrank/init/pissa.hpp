@@ -12,14 +12,14 @@ namespace lowrank {
 
 struct PissaOptions {
   /// r, 1 … min(out, in).
-  Index rank = 8;
+  Index rank = 16;
   /// α; s = α/r, or α/√r when rank_stabilised.
   double alpha = 16;
   bool rank_stabilised = false;
   /// Type the factors will be stored in; the base is formed from the rounded ones.
   FactorStorage factor_storage = FactorStorage::native;
   /// Accuracy of the truncated SVD: by default the energy captured is within 1e-5 of the most any rank r can. svd.seed
-  /// is the seed of all randomness here.
+  /// is that of the start vectors, which the factors depend on to that accuracy.
   TruncatedSvdOptions svd = {};
 };
 
@@ -49,22 +49,24 @@ std::string dead_pairs_note(const Values& S, double largest, Index m, Index n, d
 
 /// PiSSA: with W ≈ U·S·Vᵀ of rank r, B = U·√(S/s), A = √(S/s)·Vᵀ and base = W − s·B·A.
 ///
-/// **Shapes** W out×in in f32, f64, bf16 or f16, any order, never widened whole; base out×in stored as `Base` (default:
-/// the type of arithmetic); B out×r, A r×in. **Scale** s = α/r or α/√r is divided out of the factors, so that base +
+/// **Shapes** W out×in in f32, f64, bf16 or f16, any order, never widened whole; B out×r, A r×in of the type of
+/// arithmetic (`Factor`: float, or double for a W of doubles); base out×in stored as `Base`, by default as the factors:
+/// `pissa<float, bf16>(W)`. **Scale** s = α/r or α/√r is divided out of the factors, so that base +
 /// s·B·A = W at the start whatever α.
 /// **Throws** ArgumentError: rank, α, svd options, a value beyond the range of a storage type; NonFiniteError: NaN or
 /// infinity in W. **Cost** the truncated SVD, and 2·out·in·r flops for the base.
 /// **Numerics** base + s·B·A = W to rounding of the base's type (`storage_error`) at any accuracy of the SVD: a looser
 /// one only captures less. `captured_energy` is Σσ̂², within `svd.energy_tolerance` of optimal when `converged`.
 /// **Source** Meng et al., "PiSSA", arXiv 2404.02948, eqs. 2–4.
-template <class Base = void, MatrixLike X>
-auto pissa(X&& weight, const PissaOptions& options = {}) {
+template <class Factor = void, class Base = void, MatrixLike X>
+requires FactorScalarOf<Factor, X> && BaseStorageOf<Base, X> InitialisedFrom<X, Base> pissa(
+    X&& weight, const PissaOptions& options = {}) {
   using S = scalar_of<X>;
-  using T = arithmetic_of<S>;
+  using T = factor_scalar<X>;
   const detail::Stopwatch watch;
   const MatrixView<const S> W = view_of(weight);
   detail::check_rank("pissa", options.rank, W.rows(), W.cols());
-  Initialised<T, std::conditional_t<std::is_void_v<Base>, T, Base>> result;
+  InitialisedFrom<X, Base> result;
   const double scale = detail::scale_of<T>(options);
   const TruncatedSvd<T> d = truncated_svd(W, options.rank, options.svd);
   result.report.notes =
@@ -83,10 +85,11 @@ auto pissa(X&& weight, const PissaOptions& options = {}) {
 ///
 /// **Shapes** d holds at least `options.rank` triplets of W, sorted descending. `options.svd` is not looked at.
 /// **Throws**, **Numerics** as pissa; ShapeError when d is not of W's shape. **Cost** 2·out·in·r flops.
-template <class Base = void, MatrixLike X>
-auto pissa_from_svd(X&& weight, const Svd<arithmetic_of<scalar_of<X>>>& d, const PissaOptions& options = {}) {
+template <class Factor = void, class Base = void, MatrixLike X>
+requires FactorScalarOf<Factor, X> && BaseStorageOf<Base, X> InitialisedFrom<X, Base> pissa_from_svd(
+    X&& weight, const Svd<factor_scalar<X>>& d, const PissaOptions& options = {}) {
   using S = scalar_of<X>;
-  using T = arithmetic_of<S>;
+  using T = factor_scalar<X>;
   const detail::Stopwatch watch;
   const MatrixView<const S> W = view_of(weight);
   const Index r = options.rank, known = Index(d.S.size());
@@ -94,7 +97,7 @@ auto pissa_from_svd(X&& weight, const Svd<arithmetic_of<scalar_of<X>>>& d, const
   detail::expect_shape("pissa_from_svd", "U", d.U.rows(), d.U.cols(), W.rows(), known);
   detail::expect_shape("pissa_from_svd", "V", d.V.rows(), d.V.cols(), W.cols(), known);
   if (r > known) throw ArgumentError(detail::text("pissa_from_svd: needs ", r, " triplets, got ", known));
-  Initialised<T, std::conditional_t<std::is_void_v<Base>, T, Base>> result;
+  InitialisedFrom<X, Base> result;
   const std::span<const T> S1 = std::span(d.S).first(std::size_t(r));
   result.report.notes =
       detail::dead_pairs_note(S1, double(S1[0]), W.rows(), W.cols(), double(std::numeric_limits<T>::epsilon()));

@@ -16,11 +16,12 @@ namespace lowrank {
 /// directions (white noise) the error may exceed that of plain quantisation, in which case quant(W) with B = 0 is
 /// returned and the last step of the report says so.
 /// **Source** Meng et al., "PiSSA", arXiv 2404.02948, §4 and algorithm 1 (QPiSSA-T-iters).
-template <MatrixLike X>
-auto qpissa(X&& weight, const LoftqOptions& options = {},
-            std::type_identity_t<MatrixView<const arithmetic_of<scalar_of<X>>>> covariance = {}) {
+template <class Factor = void, MatrixLike X>
+requires FactorScalarOf<Factor, X> QuantisedInit<factor_scalar<X>> qpissa(
+    X&& weight, const LoftqOptions& options = {},
+    std::type_identity_t<MatrixView<const factor_scalar<X>>> covariance = {}) {
   using S = scalar_of<X>;
-  using T = arithmetic_of<S>;
+  using T = factor_scalar<X>;
   detail::QuantisedAlternation<T, S> a("qpissa", view_of(weight), options, covariance);
   for (int t = 0; t < options.iterations; ++t) {
     a.fit_factors(t == 0);

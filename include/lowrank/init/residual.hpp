@@ -73,7 +73,7 @@ ResidualNorms residual_base(MatrixView<const S> W, const LoraFactors<T>& f, Matr
     const Index i1 = std::min(W.rows(), i0 + height);
     panel.resize(i1 - i0, n);
     detail::residual_panel<T, S>(W, left, right, f.scale, i0, i1, panel.view());
-    detail::parallel_ranges(i1 - i0, 16, [&](Index begin, Index end) {
+    parallel_ranges(i1 - i0, 16, [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
         const T* p = &panel(i, 0);
         residual[std::size_t(i0 + i)] = detail::norm2(n, p);

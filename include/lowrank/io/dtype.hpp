@@ -159,7 +159,7 @@ S load_unaligned(const std::byte* p) {
 
 template <class S, class T>
 void convert_run(const std::byte* in, Index n, T* out) {
-  lowrank::detail::parallel_ranges(n, 1 << 18, [&](Index begin, Index end) {
+  lowrank::parallel_ranges(n, 1 << 18, [&](Index begin, Index end) {
     if constexpr (std::is_same_v<S, T>) {
       std::memcpy(out + begin, in + begin * Index(sizeof(S)), std::size_t(end - begin) * sizeof(S));
     } else {
@@ -170,7 +170,7 @@ void convert_run(const std::byte* in, Index n, T* out) {
 
 template <class S, class T>
 void convert_back_run(const T* in, Index n, std::byte* out) {
-  lowrank::detail::parallel_ranges(n, 1 << 18, [&](Index begin, Index end) {
+  lowrank::parallel_ranges(n, 1 << 18, [&](Index begin, Index end) {
     if constexpr (std::is_same_v<S, T>) {
       std::memcpy(out + begin * Index(sizeof(S)), in + begin, std::size_t(end - begin) * sizeof(S));
     } else {

@@ -162,14 +162,13 @@ Matrix<T> read_float8(const Checkpoint& c, const TensorView& weight, Index slice
   out.resize(k.m, k.n);
   convert_from(weight.dtype(), weight.bytes().data() + slice * k.m * k.n, k.m * k.n, out.data());
   if (s.name.empty()) return out;
-  lowrank::detail::parallel_ranges(k.m, std::max<Index>(1, (1 << 16) / std::max<Index>(1, k.n)),
-                                   [&](Index begin, Index end) {
-                                     for (Index i = begin; i < end; ++i) {
-                                       T* row = out.data() + i * k.n;
-                                       const float* scale = s.values.data() + i / s.block_rows * s.cols;
-                                       for (Index j = 0; j < k.n; ++j) row[j] *= T(scale[j / s.block_cols]);
-                                     }
-                                   });
+  lowrank::parallel_ranges(k.m, std::max<Index>(1, (1 << 16) / std::max<Index>(1, k.n)), [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) {
+      T* row = out.data() + i * k.n;
+      const float* scale = s.values.data() + i / s.block_rows * s.cols;
+      for (Index j = 0; j < k.n; ++j) row[j] *= T(scale[j / s.block_cols]);
+    }
+  });
   return out;
 }
 

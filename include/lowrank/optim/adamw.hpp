@@ -68,7 +68,7 @@ class AdamW {
       T *const p = values.data() + group.offset, *const m = m_.data() + group.offset,
                *const v = v_.data() + group.offset;
       const T* const g = gradients.data() + group.offset;
-      detail::parallel_ranges(group.size, 65536, [=](Index begin, Index end) {
+      parallel_ranges(group.size, 65536, [=](Index begin, Index end) {
         for (Index i = begin; i < end; ++i) {
           m[i] = b1 * m[i] + c1 * g[i];
           v[i] = b2 * v[i] + c2 * g[i] * g[i];

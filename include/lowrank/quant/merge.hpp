@@ -8,6 +8,7 @@
 
 #include "lowrank/core/factors.hpp"
 #include "lowrank/linalg/gemm.hpp"
+#include "lowrank/linalg/update_rows.hpp"
 #include "lowrank/quant/quantise.hpp"
 
 namespace lowrank {
@@ -95,37 +96,22 @@ class MergeSums {
   std::vector<Row> rows_;
 };
 
-/// Calls f(row, Δ of the row) for every row of s·B·A, a panel of rows at a time, on all threads.
-template <class T, class F>
-void for_delta_rows(const LoraFactors<T>& factors, F&& f) {
-  const Index m = factors.out_features(), n = factors.in_features(), height = std::min<Index>(m, 256);
-  Matrix<T> panel;
-  for (Index i0 = 0; i0 < m; i0 += height) {
-    const Index rows = std::min(height, m - i0);
-    panel.resize(rows, n);
-    gemm(factors.scale, factors.B.view().middle_rows(i0, rows), factors.A.view(), panel.view());
-    parallel_ranges(rows, 8, [&](Index a, Index b) {
-      for (Index i = a; i < b; ++i) f(i0 + i, &panel(i, 0));
-    });
-  }
-}
-
 /// The report of storing old + ΔW as `store(row, old row, new row, n)` leaves it in place of the new row and counts
 /// changes; `load(row, out)` gives the old row.
 template <class T, class Load, class Store>
 MergeReport simulate_merge(const LoraFactors<T>& f, Load&& load, Store&& store) {
   const Index m = f.out_features(), n = f.in_features();
   MergeSums sums(m);
-  for_delta_rows(f, [&](Index i, const T* delta) {
+  for_update_rows(f, [&](Index i, std::span<const T> delta) {
     // Reused from row to row; merging is not a steady-state operation, but it runs over billions of elements.
     thread_local std::vector<T> before, after;
     before.resize(std::size_t(n));
     after.resize(std::size_t(n));
     load(i, before.data());
-    for (Index j = 0; j < n; ++j) after[std::size_t(j)] = before[std::size_t(j)] + delta[j];
+    for (Index j = 0; j < n; ++j) after[std::size_t(j)] = before[std::size_t(j)] + delta[std::size_t(j)];
     sums.count_changed(i, store(i, before.data(), after.data()));
     for (Index j = 0; j < n; ++j)
-      sums.add(i, double(before[std::size_t(j)]), double(after[std::size_t(j)]), double(delta[j]));
+      sums.add(i, double(before[std::size_t(j)]), double(after[std::size_t(j)]), double(delta[std::size_t(j)]));
   });
   return sums.report(double(m) * double(n));
 }
@@ -239,8 +225,8 @@ MergeReport checked_merge(W&& weight, const LoraFactors<T>& f, const RequantiseO
     throw NonFiniteError("checked_merge: the merged weight is not finite in its storage type");
   if (report.correlation < options.min_correlation && !options.allow_lossy)
     detail::refuse("checked_merge", report, options);
-  detail::for_delta_rows(f, [&](Index i, const T* delta) {
-    for (Index j = 0; j < w.cols(); ++j) w(i, j) = S(T(w(i, j)) + delta[j]);
+  for_update_rows(f, [&](Index i, std::span<const T> delta) {
+    for (Index j = 0; j < w.cols(); ++j) w(i, j) = S(T(w(i, j)) + delta[std::size_t(j)]);
   });
   return report;
 }

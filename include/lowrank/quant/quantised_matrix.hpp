@@ -61,7 +61,7 @@ class QuantisedMatrix : public QuantisedArrays {
     detail::expect_shape("QuantisedMatrix::dequantise", "the output", out.rows(), out.cols(), rows(), cols());
     if (cols() == 0) return;
     const Index grain = std::max<Index>(1, 65536 / cols());
-    detail::parallel_ranges(rows(), grain, [&](Index i0, Index i1) {
+    parallel_ranges(rows(), grain, [&](Index i0, Index i1) {
       for (Index i = i0; i < i1; ++i) write_row(i, out.row(i));
     });
   }

@@ -166,10 +166,13 @@ void add_compare(CLI::App& app) {
   sub->add_option("a", o->a, "A checkpoint or a PEFT adapter directory")->required();
   sub->add_option("b", o->b, "Another of the same kind")->required();
   sub->add_option("--base", o->base, "Compare A - BASE with B - BASE");
-  sub->add_option("-k,--k", o->k, "Dimension of the subspaces")->capture_default_str()->check(positive());
+  sub->add_option("-k,--k", o->k, "Dimension of the subspaces")->capture_default_str()->check(count());
   sub->add_option("--filter", o->filter, "Only matrices whose name contains this");
   o->scan.add_to(sub);
-  sub->callback([o] { run(*o); });
+  sub->callback([o, sub] {
+    o->scan.expect_all_used(sub);
+    run(*o);
+  });
 }
 
 const Registration registration{62, "compare", add_compare};

@@ -93,7 +93,7 @@ void run(const Options& o) {
   }
   expect_something(o.tuned, o.filter, jobs.size(), names, skipped);
   note_quantised(o.scan.common, {&list, &tuned_list});
-  const std::string settings = lowrank::detail::text("intruders k ", o.intruders.k, " epsilon ", o.intruders.epsilon);
+  const std::string settings = text("intruders k ", o.intruders.k, " epsilon ", o.intruders.epsilon);
   auto result = run_scan(o.scan, "intruders", fingerprint({o.base, o.tuned}, settings), jobs);
   result.skipped.insert(result.skipped.end(), skipped.begin(), skipped.end());
   std::string table = "intruders  energy  matrix\n";
@@ -119,13 +119,16 @@ void add_intruders(CLI::App& app) {
   sub->add_option("tuned", o->tuned, "The tuned checkpoint, or a PEFT adapter directory")->required();
   sub->add_option("-k,--k", o->intruders.k, "Leading left singular vectors that are judged")
       ->capture_default_str()
-      ->check(positive());
+      ->check(count());
   sub->add_option("--epsilon", o->intruders.epsilon, "|cos| below this with every vector of the base makes an intruder")
       ->capture_default_str()
       ->check(between(1e-9, 1.0));
   sub->add_option("--filter", o->filter, "Only matrices whose name contains this");
   o->scan.add_to(sub);
-  sub->callback([o] { run(*o); });
+  sub->callback([o, sub] {
+    o->scan.expect_all_used(sub);
+    run(*o);
+  });
 }
 
 const Registration registration{61, "intruders", add_intruders};

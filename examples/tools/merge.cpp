@@ -10,6 +10,7 @@
 
 #include "merge_packed.hpp"
 #include "models.hpp"
+#include "outputs.hpp"
 
 namespace lowrank::tool::merge_command {
 namespace {
@@ -208,12 +209,14 @@ void run(const Options& o) {
 
   Json reports = Json::array();
   double changed = 0, values = 0, intended2 = 0, lost2 = 0, worst = 1;
+  std::size_t refused = 0;  // of a dry run; else the first one is an error
   const auto account = [&](const std::string& name, Index size, const MergeReport& r) {
     changed += r.changed_share * double(size);
     values += double(size);
     intended2 += r.intended_norm * r.intended_norm;
     lost2 += std::pow(r.lost * r.intended_norm, 2);
     worst = std::min(worst, r.correlation);
+    refused += r.correlation < o.min_correlation;
     reports.push_back({{"name", name},
                        {"changed_share", r.changed_share},
                        {"correlation", r.correlation},
@@ -275,6 +278,9 @@ void run(const Options& o) {
       account(adapter.modules[k].name, size_of(k), r);
     }
   } else {
+    remove_leftovers(o.common, {o.output});
+    std::optional<NewDirectories> made;
+    if (!o.output.ends_with(".safetensors")) made.emplace(o.output);
     std::unique_ptr<Finishing> finishing;
     io::StagedFiles files = stage_interruptibly(o.common, "merge", base, o.output, rewrite, finishing);
     if (!o.output.ends_with(".safetensors")) {
@@ -284,8 +290,10 @@ void run(const Options& o) {
     files.commit();
   }
   if (check.strangers() > 0)
-    notes.push_back(
-        lowrank::detail::text(check.strangers(), " weights of the base are not the ones the adapter was made with"));
+    notes.push_back(text(check.strangers(), " weights of the base are not the ones the adapter was made with"));
+  if (o.dry_run && !o.allow_lossy && refused > 0)
+    notes.push_back(text("without --dry-run the merge would be refused: ", refused, " modules correlate less than ",
+                         number(o.min_correlation), " with what was intended (--allow-lossy merges anyway)"));
   for (const std::string& line : notes) note(o.common, line);
   const double lost = intended2 > 0 ? std::sqrt(lost2 / intended2) : 0, share = values > 0 ? changed / values : 0;
   const Json report = {{"command", "merge"},
@@ -318,7 +326,10 @@ void add_merge(CLI::App& app) {
   sub->add_flag(changed_base_flag, o->changed_base,
                 "BASE is the base that was changed with the adapter (PiSSA, LoftQ, ...), whatever the marks say");
   sub->add_flag("--dry-run", o->dry_run, "Report what would be lost, write nothing");
-  sub->callback([o] { run(*o); });
+  sub->callback([o, sub] {
+    expect_used(sub, {{"--min-correlation", !o->allow_lossy, "with --allow-lossy", "it says what is not allowed"}});
+    run(*o);
+  });
 }
 
 const Registration registration{45, "merge", add_merge};

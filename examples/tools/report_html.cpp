@@ -10,6 +10,7 @@
 #include "lowrank/core/version.hpp"
 #include "lowrank/io/file.hpp"
 #include "lowrank/io/json.hpp"
+#include "outputs.hpp"
 #include "report_values.hpp"
 
 namespace lowrank::tool {
@@ -338,6 +339,8 @@ void run(const Options& o) {
       throw IoError(path, "is the report of another command than the first");
   }
   for (const std::string& input : o.inputs) expect_different(input, o.output);
+  expect_writable(o.output);
+  remove_leftovers(o.common, {o.output});
   throw_if_interrupted();
   const Finishing finishing;
   Pictures pictures;
@@ -359,7 +362,7 @@ void add_report(CLI::App& app) {
   sub->add_option("reports", o->inputs, "JSON files of spectrum, intruders or compare")->required();
   sub->add_option("-o,--output", o->output, "The page")->required();
   sub->callback([o] {
-    if (o->output == "-") throw UsageError("report writes a file, not stdout");
+    if (o->output == "-") throw UsageError("report: this writes a file, not stdout");
     run(*o);
   });
 }

@@ -53,11 +53,7 @@ double cost(Index m, Index n, const SpectrumOptions& o) {
 
 void run(const Options& o) {
   o.scan.check({o.checkpoint, o.base, o.adapter});
-  if (!o.base.empty() && !o.adapter.empty()) throw UsageError("--base and --adapter do not go together");
-  if (o.base.empty() && o.adapter.empty()) {
-    if (o.spectrum.side_by_side) throw UsageError("--side-by-side needs --base or --adapter");
-    if (o.spectrum.alignment > 0) throw UsageError("--alignment needs --base or --adapter");
-  }
+  if (!o.base.empty() && !o.adapter.empty()) throw UsageError("spectrum: --base and --adapter do not go together");
   const io::Checkpoint checkpoint(checkpoint_path(o.checkpoint));
   std::vector<Skipped> skipped;
   const auto all = matrices_of(checkpoint, skipped);
@@ -93,9 +89,9 @@ void run(const Options& o) {
   }
   expect_something(o.adapter.empty() ? o.checkpoint : o.adapter, o.filter, jobs.size(), names, skipped);
   note_quantised(o.scan.common, {&all, &base_list});
-  const std::string settings = lowrank::detail::text(
-      "spectrum top ", o.spectrum.top, " alignment ", o.spectrum.alignment, o.spectrum.values ? " values" : "",
-      o.spectrum.side_by_side ? " sides" : "", o.base.empty() ? "" : " base", o.adapter.empty() ? "" : " adapter");
+  const std::string settings =
+      text("spectrum top ", o.spectrum.top, " alignment ", o.spectrum.alignment, o.spectrum.values ? " values" : "",
+           o.spectrum.side_by_side ? " sides" : "", o.base.empty() ? "" : " base", o.adapter.empty() ? "" : " adapter");
   auto result = run_scan(o.scan, "spectrum", fingerprint({o.checkpoint, o.base, o.adapter}, settings), jobs);
   result.skipped.insert(result.skipped.end(), skipped.begin(), skipped.end());
   const std::string table = table_text(result);
@@ -118,7 +114,7 @@ void add_spectrum(CLI::App& app) {
   sub->add_option("--adapter", o->adapter, "Analyse the updates of this PEFT adapter, which fits CHECKPOINT");
   sub->add_option("--top", o->spectrum.top,
                   "Only the largest K singular values; metrics then have bounds instead of values")
-      ->check(positive());
+      ->check(count());
   sub->add_option("--filter", o->filter, "Only matrices whose name contains this");
   sub->add_flag("--values", o->spectrum.values, "Write all singular values too");
   sub->add_flag("--side-by-side", o->spectrum.side_by_side,
@@ -127,9 +123,19 @@ void add_spectrum(CLI::App& app) {
          "--alignment", o->spectrum.alignment,
          "With --base or --adapter: amplification factor, and the update's energy along the weight's leading K "
          "directions")
-      ->check(positive());
+      ->check(count());
   o->scan.add_to(sub);
-  sub->callback([o] { run(*o); });
+  sub->callback([o, sub] {
+    const bool update = !o->base.empty() || !o->adapter.empty(), sides = o->spectrum.side_by_side;
+    const std::string alone = "without --base or --adapter", of_updates = "it is about updates";
+    expect_used(sub, {{"--side-by-side", update, alone, of_updates},
+                      {"--alignment", update, alone, of_updates},
+                      {"--top", o->adapter.empty() || sides, "with --adapter",
+                       "its values come from its factors, all of them; --side-by-side has others"},
+                      {"--values", !o->scan.json.empty(), "without --json", "the other outputs do not hold them"}});
+    o->scan.expect_all_used(sub);
+    run(*o);
+  });
 }
 
 const Registration registration{60, "spectrum", add_spectrum};

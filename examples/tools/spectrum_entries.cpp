@@ -227,11 +227,11 @@ Json difference_of(const MatrixTensor& tuned, const MatrixTensor& base, const Sp
   j["dtype"] = tuned.stored_as();
   say_storage(j, {{"scale", &tuned}, {"base_scale", &base}});
   if (const int a = tuned.quantised_bits(), b = base.quantised_bits(); a != b)
-    j["note"] = lowrank::detail::text("one side is stored in ",
-                                      a == 0   ? b
-                                      : b == 0 ? a
-                                               : std::min(a, b),
-                                      " bits: the difference holds the error of that storage");
+    j["note"] = text("one side is stored in ",
+                     a == 0   ? b
+                     : b == 0 ? a
+                              : std::min(a, b),
+                     " bits: the difference holds the error of that storage");
   Json sides = Json::object();
   if (o.side_by_side) add_sides<T>(sides, W0.view(), W.view(), o);
   // Roundings of their own on either side: variances add, each of its own type. The bound of the sum is built from row

@@ -9,9 +9,6 @@
 namespace lowrank::tool {
 namespace {
 
-using lowrank::detail::shape_text;
-using lowrank::detail::text;
-
 /// Whether a tensor is a part of a 4-bit weight and none itself.
 bool is_packed_part(const io::Checkpoint& checkpoint, const std::string& name) {
   for (const char* part : {".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"})

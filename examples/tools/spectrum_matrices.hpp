@@ -112,8 +112,8 @@ void expect_finite(const MatrixTensor& m, const Matrix<T>& values) {
   for (Index i = 0; i < m.rows; ++i)
     for (Index j = 0; j < m.cols; ++j)
       if (!std::isfinite(values(i, j)))
-        throw NonFiniteError(lowrank::detail::text(m.tensor.file().path(), ": '", m.name, "': holds ",
-                                                   double(values(i, j)), " in row ", i, ", column ", j));
+        throw NonFiniteError(text(m.tensor.file().path(), ": '", m.name, "': holds ", double(values(i, j)), " in row ",
+                                  i, ", column ", j));
 }
 
 /// The values of a matrix as T, copied. Throws NonFiniteError naming the first value that is not finite, IoError where

@@ -7,6 +7,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
+#include <cerrno>
 #include <charconv>
 #include <cstdio>
 #include <cstring>
@@ -17,10 +19,11 @@
 #include <set>
 
 #include "interrupt.hpp"
+#include "lowrank/core/balance.hpp"
 #include "lowrank/core/threads.hpp"
 #include "lowrank/core/version.hpp"
 #include "lowrank/io/file.hpp"
-#include "lowrank/core/balance.hpp"
+#include "outputs.hpp"
 #include "report_csv.hpp"
 #include "report_html.hpp"
 
@@ -40,8 +43,8 @@ class Journal {
     off_t keep = 0;
     if (!fresh) keep = load(head);
     fd_ = ::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
-    if (fd_ < 0) throw IoError(path, "cannot open the journal for writing");
-    if (::ftruncate(fd_, keep) != 0 || ::lseek(fd_, 0, SEEK_END) < 0) throw IoError(path, "cannot prepare the journal");
+    if (fd_ < 0) fail("cannot open");
+    if (::ftruncate(fd_, keep) != 0 || ::lseek(fd_, 0, SEEK_END) < 0) fail("cannot prepare");
     if (keep == 0) append(head);
   }
   Journal(const Journal&) = delete;
@@ -58,6 +61,10 @@ class Journal {
   }
 
  private:
+  [[noreturn]] void fail(const char* what) const {
+    throw IoError(path_,
+                  std::string(what) + " the journal, which keeps the matrices that are done: " + std::strerror(errno));
+  }
   /// Reads whole lines of a journal with our head; returns how many bytes of it are good.
   off_t load(const std::string& head) {
     std::ifstream in(path_, std::ios::binary);
@@ -79,7 +86,7 @@ class Journal {
     std::size_t at = 0;
     while (at < line.size()) {
       const ssize_t n = ::write(fd_, line.data() + at, line.size() - at);
-      if (n < 0 && errno != EINTR) throw IoError(path_, "cannot append to the journal");
+      if (n < 0 && errno != EINTR) fail("cannot append to");
       if (n > 0) at += std::size_t(n);
     }
   }
@@ -122,7 +129,7 @@ void ScanOptions::add_to(CLI::App* sub) {
   sub->add_flag("--svg", svg, "Write the pictures as SVG files");
   sub->add_flag("--png", png, "Write the pictures as PNG files");
   sub->add_flag("--fresh", fresh, "Do not resume from a journal");
-  sub->add_option("-j,--jobs", in_flight, "Matrices in flight; default: the number of threads")->check(not_negative());
+  sub->add_option("-j,--jobs", in_flight, "Matrices in flight; default: the number of threads")->check(whole(0, 4096));
   sub->add_flag("-q,--quiet", common.quiet, "No progress, no notes");
 }
 
@@ -136,13 +143,25 @@ void ScanOptions::check(const std::vector<std::string>& inputs) const {
       throw UsageError("two of --json, --csv and --html would be written to " + out);
     for (const std::string& input : inputs)
       if (!input.empty()) expect_different(input, out);
+    expect_writable(out);
   }
+  if (svg || png) expect_writable_directory(pictures, "--pictures");
+  remove_leftovers(common, {json, csv, html});
+  if (svg || png) remove_leftovers(common, {pictures});
+}
+
+void ScanOptions::expect_all_used(const CLI::App* sub) const {
+  const std::array<const std::string*, 3> outputs{&json, &csv, &html};
+  const bool file =
+      std::any_of(outputs.begin(), outputs.end(), [](const std::string* out) { return !out->empty() && *out != "-"; });
+  expect_used(sub, {{"--pictures", svg || png, "without --svg or --png", "it says where these files go"},
+                    {"--fresh", file, "without a file to write", "only a scan that writes one keeps a journal"}});
 }
 
 std::string fingerprint(const std::vector<std::string>& paths, const std::string& options) {
   namespace fs = std::filesystem;
   constexpr int format = 3;  // of the entries, which may change between two releases
-  std::string s = lowrank::detail::text("lowrank ", version, " format ", format, " ", options);
+  std::string s = text("lowrank ", version, " format ", format, " ", options);
   const auto stamp = [&](const fs::path& p) {
     struct stat info {};
     if (::stat(p.c_str(), &info) == 0 && S_ISREG(info.st_mode))
@@ -206,7 +225,7 @@ ScanResult run_scan(const ScanOptions& o, const std::string& what, const std::st
   std::stable_sort(todo.begin(), todo.end(), [&](std::size_t a, std::size_t b) { return costs[a] > costs[b]; });
   Common common = o.common;
   common.quiet = common.quiet || rank != 0;
-  Progress progress(common, what, bytes);
+  Progress progress(common, what, todo.size(), "matrices", bytes);
   const auto work = [&](std::size_t i) {
     if (interrupted() != 0) return;
     Json result;
@@ -333,10 +352,9 @@ void finish_scan(const ScanOptions& o, ScanResult&& r, Json header, const std::s
   std::fflush(stdout);
   if (r.failed.empty()) drop_journal();  // otherwise a second run need not repeat what went well
   if (!r.failed.empty())
-    throw Error(lowrank::detail::text(r.failed.size(), " of ", r.failed.size() + r.matrices.size(),
-                                      " matrices could not be analysed: ", joined(r.failed)));
-  if (!faults.empty())
-    throw Error(lowrank::detail::text(faults.size(), " tensors do not fit each other: ", joined(faults)));
+    throw Error(text(r.failed.size(), " of ", r.failed.size() + r.matrices.size(),
+                     " matrices could not be analysed: ", joined(r.failed)));
+  if (!faults.empty()) throw Error(text(faults.size(), " tensors do not fit each other: ", joined(faults)));
 }
 
 }  // namespace lowrank::tool

@@ -19,7 +19,10 @@ struct ScanOptions {
 
   /// --json [OUT], --csv, --html, --svg, --png, --fresh, --jobs, -q.
   void add_to(CLI::App* sub);
-  /// Throws UsageError when two reports go to one place, IoError when one would overwrite a file of an input.
+  /// Throws UsageError for an option of add_to() that has no use with the others.
+  void expect_all_used(const CLI::App* sub) const;
+  /// Throws UsageError when two reports go to one place, IoError when one would overwrite a file of an input or cannot
+  /// be written.
   void check(const std::vector<std::string>& inputs) const;
   [[nodiscard]] bool uses_stdout() const { return json == "-" || csv == "-" || html == "-"; }
 };

@@ -70,11 +70,15 @@ def one(family, method, d, original, variant, options):
     model = load_adapter(load_model(family, base), out)
     trained = logits(model)
     assert difference(trained, first) > 1e-2, "the change of the factors must show"
-    run(program, "merge", base, out, "-o", out + "-merged", "--allow-lossy")
-    ours = load_model(family, out + "-merged")
+    said = run(program, "merge", base, out, "-o", out + "-merged", "--allow-lossy").stderr
+    ours, merged = load_model(family, out + "-merged"), model.merge_and_unload()
+    if family == "llama_tied":
+        # Merged into a table that is the head too, the adapter is another model's, in PEFT as here; `merge` says so.
+        assert "tied" in said, said
+        trained = logits(merged)
     count.close("logits of a trained adapter, and of `merge`", difference(trained, logits(ours)), LIMIT, what)
     ours = ours.state_dict()
-    for name, weight in model.merge_and_unload().state_dict().items():
+    for name, weight in merged.state_dict().items():
         count.close("weights of merge_and_unload, and of `merge`", difference(ours[name], weight), LIMIT, f"{what} {name}")
 
 

@@ -172,7 +172,14 @@ class Count:
         assert total > 0, "nothing was compared"
         for kind, (n, largest, what) in self.kinds.items():
             print(f"  {kind}: {n} comparisons, largest difference {largest:.2e} ({what})")
-        print(f"{peer}: {total} comparisons")
+        line = f"{peer}: {total} comparisons"
+        print(line)
+        directory = os.environ.get("LOWRANK_PEERS_RUN")  # count.py adds them up
+        if directory:
+            os.makedirs(directory, exist_ok=True)
+            script = os.path.basename(sys.argv[0])
+            with open(os.path.join(directory, script + ".txt"), "w") as f:
+                f.write(f"{script}: {line}\n")
 
 
 def versions(*modules):

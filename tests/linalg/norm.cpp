@@ -16,7 +16,8 @@ using namespace lowrank;
 using test::random_matrix;
 
 TEST_CASE_TEMPLATE("the Frobenius norm of any storage, order and stride", S, float, double, bf16, f16) {
-  const Matrix<S> wide(random_matrix<float>(7, 11, 1));
+  const Matrix<float> numbers = random_matrix<float>(7, 11, 1);
+  const Matrix<S> wide(numbers.view());
   const MatrixView<const S> part = wide.view().block(1, 2, 5, 8);
   double square = 0;
   for (Index i = 0; i < 5; ++i)

@@ -13,6 +13,7 @@
 #include <lowrank/init/orthogonal.hpp>
 #include <lowrank/init/pissa.hpp>
 #include <lowrank/init/qpissa.hpp>
+#include <lowrank/linalg/norm.hpp>
 
 namespace lowrank::tool {
 namespace {
@@ -164,7 +165,7 @@ Outcome changed(const MethodOptions& o, const io::TensorView& weight, bool trans
 Outcome from_data(const MethodOptions& o, const io::TensorView& weight, const ModuleInfo& info, bool transposed,
                   std::uint64_t seed) {
   const Matrix<float> W = as_float(weight, transposed);
-  lowrank::detail::expect_finite("lowrank init", "W", W.view());  // what is wrong after this is wrong with the data
+  lowrank::require_finite("lowrank init", "W", W.view());  // what is wrong after this is wrong with the data
   const auto take = [&](auto&& result) {
     Outcome out;
     out.factors = std::move(result.factors);

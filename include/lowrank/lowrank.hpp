@@ -8,6 +8,7 @@
 #include "lowrank/eigen.hpp"
 #include "lowrank/core/balance.hpp"
 #include "lowrank/core/errors.hpp"
+#include "lowrank/core/factor_scalar.hpp"
 #include "lowrank/core/factors.hpp"
 #include "lowrank/core/half.hpp"
 #include "lowrank/core/matrix.hpp"

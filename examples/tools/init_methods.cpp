@@ -44,13 +44,13 @@ Outcome split(const MethodOptions& o, MatrixView<const S> W, std::uint64_t seed)
   if constexpr (std::is_same_v<S, float>) {
     if (o.method == "milora")
       return finish(milora<float, Base>(W, {.rank = o.rank,
-                                     .alpha = o.alpha,
-                                     .rank_stabilised = o.rslora,
-                                     .factor_storage = storage,
-                                     .svd = {.seed = seed}}));
+                                            .alpha = o.alpha,
+                                            .rank_stabilised = o.rslora,
+                                            .factor_storage = storage,
+                                            .svd = {.seed = seed}}));
     if (o.method == "olora")
-      return finish(
-          olora<float, Base>(W, {.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .factor_storage = storage}));
+      return finish(olora<float, Base>(
+          W, {.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .factor_storage = storage}));
   }
   PissaOptions p{.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .factor_storage = storage};
   p.svd.seed = seed;
@@ -161,6 +161,7 @@ Outcome changed(const MethodOptions& o, const io::TensorView& weight, bool trans
   return out;
 }
 
+
 /// CorDA and LoRA-GA.
 Outcome from_data(const MethodOptions& o, const io::TensorView& weight, const ModuleInfo& info, bool transposed,
                   std::uint64_t seed) {
@@ -231,7 +232,8 @@ EvaPlan plan_eva(const MethodOptions& o, const Modules& modules, const std::vect
       return inputs;
     }));
     if (o.rho == 1 && plan.inputs.back().directions().cols() < o.rank)
-      o.data->fail(entry.name, lowrank::detail::text("has ", X.rows(), " tokens, too few for rank ", o.rank));
+      o.data->fail(entry.name,
+                   "has " + std::to_string(X.rows()) + " tokens, too few for rank " + std::to_string(o.rank));
     explained.push_back(plan.inputs.back().explained());
   }
   plan.ranks = eva_ranks(explained, o.rank * Index(selected.size()));

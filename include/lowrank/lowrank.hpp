@@ -7,6 +7,7 @@
 
 #include "lowrank/core/balance.hpp"
 #include "lowrank/core/errors.hpp"
+#include "lowrank/core/factor_scalar.hpp"
 #include "lowrank/core/factors.hpp"
 #include "lowrank/core/half.hpp"
 #include "lowrank/core/matrix.hpp"
@@ -43,6 +44,7 @@
 #include "lowrank/quant/gptq.hpp"
 #include "lowrank/quant/gptq_factor.hpp"
 #include "lowrank/quant/merge.hpp"
+#include "lowrank/quant/merge_tally.hpp"
 #include "lowrank/quant/quantise.hpp"
 #include "lowrank/quant/quantised_arrays.hpp"
 #include "lowrank/quant/quantised_matrix.hpp"

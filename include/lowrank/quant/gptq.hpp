@@ -334,11 +334,10 @@ class Gptq {
 /// gptq with a factor of H made before; `damping` and `by_activation` are those the factor was made with.
 /// **Throws**, **Cost**: as below, without those of the factor.
 template <MatrixLike X>
-auto gptq(X&& W, const GptqFactor<detail::QuantisedScalar<typename decltype(view_of(W))::value_type>>& factor,
-          const GptqOptions& options = {}) {
+GptqResult<factor_scalar<X>> gptq(X&& W, const GptqFactor<factor_scalar<X>>& factor, const GptqOptions& options = {}) {
   const auto start = std::chrono::steady_clock::now();
   using S = typename decltype(view_of(W))::value_type;
-  detail::Gptq<detail::QuantisedScalar<S>, S> run(view_of(W), factor, options);
+  detail::Gptq<factor_scalar<X>, S> run(view_of(W), factor, options);
   auto result = run.run();
   result.report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return result;
@@ -359,12 +358,12 @@ auto gptq(X&& W, const GptqFactor<detail::QuantisedScalar<typename decltype(view
 /// quantise. The same bits for any number of threads. The plain Frobenius error is larger than quantise's.
 /// **Source** Frantar et al., arXiv 2210.17323, eq. 2–3 and algorithm 1; scales of groups as in §4.
 template <MatrixLike X, MatrixLike Y>
-auto gptq(X&& W, Y&& H, const GptqOptions& options = {}) {
+GptqResult<factor_scalar<X>> gptq(X&& W, Y&& H, const GptqOptions& options = {}) {
   const auto start = std::chrono::steady_clock::now();
   const auto view = view_of(W);
   const auto h = view_of(H);
   detail::expect_shape("gptq", "H", h.rows(), h.cols(), view.cols(), view.cols());
-  const GptqFactor<detail::QuantisedScalar<typename decltype(view)::value_type>> factor(h, options);
+  const GptqFactor<factor_scalar<X>> factor(h, options);
   auto result = gptq(view, factor, options);
   result.report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return result;

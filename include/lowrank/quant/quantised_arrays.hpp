@@ -144,7 +144,8 @@ class QuantisedArrays {
       for (Index i = 0; i < m; ++i) out[k + i] = double(values[i]);
     }
   }
-  [[nodiscard]] detail::BlockScale block_scale(Index block) const noexcept {
+  /// What turns the codes of a block into values.
+  [[nodiscard]] BlockScale block_scale(Index block) const noexcept {
     return {scales_[block], zeros_.empty() ? 0.0F : float(zeros_[std::size_t(block)])};
   }
   /// The scales of blocks [block, block + n), see ScaleTable::range.

@@ -4,18 +4,13 @@
 
 #include <cstring>
 
+#include "lowrank/quant/block_layout.hpp"
 #include "lowrank/quant/detail/encode.hpp"
 
 namespace lowrank::detail {
 
 /// Code streams are followed by this many readable bytes, so that a vector of codes may be loaded at the very end.
 inline constexpr Index code_padding = 16;
-
-/// What turns the codes of one block into values.
-struct BlockScale {
-  float scale = 1;
-  float zero = 0;  ///< affine codebooks only
-};
 
 /// 1/127 as bitsandbytes multiplies by it, after the scale.
 inline constexpr float int8_unit = 1.0F / 127.0F;

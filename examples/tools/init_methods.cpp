@@ -43,13 +43,13 @@ Outcome split(const MethodOptions& o, MatrixView<const S> W, std::uint64_t seed)
   if constexpr (std::is_same_v<S, float>) {
     if (o.method == "milora")
       return finish(milora<float, Base>(W, {.rank = o.rank,
-                                     .alpha = o.alpha,
-                                     .rank_stabilised = o.rslora,
-                                     .factor_storage = storage,
-                                     .svd = {.seed = seed}}));
+                                            .alpha = o.alpha,
+                                            .rank_stabilised = o.rslora,
+                                            .factor_storage = storage,
+                                            .svd = {.seed = seed}}));
     if (o.method == "olora")
-      return finish(
-          olora<float, Base>(W, {.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .factor_storage = storage}));
+      return finish(olora<float, Base>(
+          W, {.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .factor_storage = storage}));
   }
   PissaOptions p{.rank = o.rank, .alpha = o.alpha, .rank_stabilised = o.rslora, .factor_storage = storage};
   p.svd.seed = seed;

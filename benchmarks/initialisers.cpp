@@ -7,6 +7,7 @@
 // FILE holds M·N floats, row-major; without it the weight is a decaying spectrum over noise (256 values 8·k^-0.7, noise
 // of deviation 0.02). initialisers.py writes such a file, runs this program and PyTorch in turn, and prints the ratios.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -68,9 +69,9 @@ auto timed(const char* name, int repeats, F&& f) {
   std::vector<double> seconds;
   auto result = f();
   for (int i = 0; i < repeats; ++i) {
-    const detail::Stopwatch watch;
+    const auto start = std::chrono::steady_clock::now();
     result = f();
-    seconds.push_back(watch.seconds());
+    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   std::nth_element(seconds.begin(), seconds.begin() + repeats / 2, seconds.end());
   std::printf("%-20s %10.4f", name, seconds[std::size_t(repeats / 2)]);

@@ -81,9 +81,7 @@ void compare(int rounds, Index tokens, const char* const (&names)[sizeof...(Base
 int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);  // lines appear as they are measured
   const bool smoke = argc > 1 && std::string(argv[1]) == "--smoke";
-  std::printf(
-      "# %d threads, vectors of %d bytes; speed relative to the dense float layer; last: relative difference of Y\n",
-      max_threads(), detail::vector_bytes);
+  std::printf("# %d threads; speed relative to the dense float layer; last: relative difference of Y\n", max_threads());
   const auto shape = [&](Index out, Index in, std::initializer_list<Index> token_counts) {
     Matrix<float> W;
     W.resize(out, in);

@@ -160,11 +160,20 @@ Outcome changed(const MethodOptions& o, const io::TensorView& weight, bool trans
   return out;
 }
 
+/// **Throws** NonFiniteError that names the first element of W which is NaN or infinite.
+void expect_finite(const Matrix<float>& W) {
+  for (Index i = 0; i < W.rows(); ++i)
+    for (Index j = 0; j < W.cols(); ++j)
+      if (!std::isfinite(W(i, j)))
+        throw NonFiniteError("lowrank init: W must be finite, got " + std::to_string(W(i, j)) + " at (" +
+                             std::to_string(i) + ", " + std::to_string(j) + ")");
+}
+
 /// CorDA and LoRA-GA.
 Outcome from_data(const MethodOptions& o, const io::TensorView& weight, const ModuleInfo& info, bool transposed,
                   std::uint64_t seed) {
   const Matrix<float> W = as_float(weight, transposed);
-  lowrank::detail::expect_finite("lowrank init", "W", W.view());  // what is wrong after this is wrong with the data
+  expect_finite(W);  // what is wrong after this is wrong with the data
   const auto take = [&](auto&& result) {
     Outcome out;
     out.factors = std::move(result.factors);
@@ -230,7 +239,8 @@ EvaPlan plan_eva(const MethodOptions& o, const Modules& modules, const std::vect
       return inputs;
     }));
     if (o.rho == 1 && plan.inputs.back().directions().cols() < o.rank)
-      o.data->fail(entry.name, lowrank::detail::text("has ", X.rows(), " tokens, too few for rank ", o.rank));
+      o.data->fail(entry.name,
+                   "has " + std::to_string(X.rows()) + " tokens, too few for rank " + std::to_string(o.rank));
     explained.push_back(plan.inputs.back().explained());
   }
   plan.ranks = eva_ranks(explained, o.rank * Index(selected.size()));

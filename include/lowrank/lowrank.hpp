@@ -43,6 +43,7 @@
 #include "lowrank/quant/gptq.hpp"
 #include "lowrank/quant/gptq_factor.hpp"
 #include "lowrank/quant/merge.hpp"
+#include "lowrank/quant/merge_tally.hpp"
 #include "lowrank/quant/quantise.hpp"
 #include "lowrank/quant/quantised_arrays.hpp"
 #include "lowrank/quant/quantised_matrix.hpp"

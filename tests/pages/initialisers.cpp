@@ -12,6 +12,9 @@ TEST_CASE("initialisers.md") {
   lowrank::Matrix<float> sum = lowrank::merged_weight<float>(init.base, init.factors);
   CHECK(test::deviation(sum, W) < 1e-6);
   //@ block
+  CHECK_FALSE(test::same_bits(q.factors.A, v.factors.A));
+  CHECK(test::same_bits(again.factors.A, v.factors.A));
+  //@ block
   CHECK(tight.report.converged);
 
   std::vector<lowrank::Matrix<float>> batches;

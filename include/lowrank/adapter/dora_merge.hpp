@@ -62,18 +62,15 @@ void for_dora_rows(MatrixView<S> w, const DoraFactors<T>& factors, F&& f) {
 /// The report of storing the merged weight as Stored in place of w.
 template <class Stored, class T, class S>
 MergeReport simulate_dora(MatrixView<const S> w, const DoraFactors<T>& factors) {
-  MergeSums sums(w.rows());
+  MergeTally tally(w.rows(), w.cols());
   for_dora_rows(w, factors, [&](Index i, std::span<const T> delta, double factor) {
-    Index changed = 0;
     for (Index j = 0; j < w.cols(); ++j) {
       const double before = double(w(i, j)), exact = factor * (before + double(delta[std::size_t(j)]));
       const double after = double(Stored(T(exact)));
-      changed += after != before;
-      sums.add(i, before, after, exact - before);
+      tally.add(i, before, after, exact - before);
     }
-    sums.count_changed(i, changed);
   });
-  return sums.report(double(w.size()));
+  return tally.report();
 }
 
 }  // namespace detail
@@ -154,8 +151,7 @@ MergeReport checked_merge(W&& weight, const DoraFactors<T>& f, const RequantiseO
   MergeReport report = merge_report<T>(w, f, options);
   if (!std::isfinite(report.effective_norm) || !std::isfinite(report.intended_norm))
     throw NonFiniteError("checked_merge: the merged weight is not finite in its storage type");
-  if (report.correlation < options.min_correlation && !options.allow_lossy)
-    detail::refuse("checked_merge", report, options);
+  refuse_if_lost("checked_merge", report, options);
   detail::for_dora_rows(w, f, [&](Index i, std::span<const T> delta, double factor) {
     for (Index j = 0; j < w.cols(); ++j)
       w(i, j) = scalar_of<W>(T(factor * (double(w(i, j)) + double(delta[std::size_t(j)]))));

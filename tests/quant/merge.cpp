@@ -6,7 +6,9 @@
 
 #include <cstring>
 #include <numeric>
+#include <span>
 
+#include "lowrank/linalg/update_rows.hpp"
 #include "support/compare.hpp"
 
 using namespace lowrank;
@@ -119,6 +121,50 @@ TEST_CASE_TEMPLATE("narrow targets", S, bf16, f16, float) {
   const auto tiny = update(out, in, std::is_same_v<S, float> ? 1e-9 : 1e-6);
   CHECK_THROWS_AS(checked_merge<float>(target, tiny), MergeRefused);
   CHECK(std::memcmp(target.data(), W.data(), std::size_t(W.size()) * sizeof(S)) == 0);  // untouched
+}
+
+TEST_CASE("a merge of one's own, tallied, is reported as ours") {
+  const Index out = 37, in = 53;
+  const Matrix<float> exact = test::random_matrix<float>(out, in, 1);
+  Matrix<bf16> W(out, in);
+  for (Index i = 0; i < W.size(); ++i) W.data()[i] = bf16(exact.data()[i]);
+  const auto f = update(out, in, 1e-3);
+  MergeTally tally(out, in), codes(out, in);
+  for_update_rows(f, [&](Index i, std::span<const float> delta) {
+    for (Index j = 0; j < in; ++j) {
+      const double before = double(W(i, j)), change = double(delta[std::size_t(j)]);
+      const double after = double(bf16(float(W(i, j)) + delta[std::size_t(j)]));
+      tally.add(i, before, after, change);
+      codes.add_value(i, before, after, change);
+    }
+    codes.count_changed(i, 3);
+  });
+  const MergeReport ours = merge_report<float>(W, f), theirs = tally.report();
+  CHECK(theirs.changed_share == ours.changed_share);
+  CHECK(theirs.correlation == doctest::Approx(ours.correlation).scale(0).epsilon(1e-12));
+  CHECK(theirs.lost == doctest::Approx(ours.lost).scale(0).epsilon(1e-12));
+  CHECK(theirs.intended_norm == doctest::Approx(ours.intended_norm).scale(0).epsilon(1e-12));
+  CHECK(theirs.effective_norm == doctest::Approx(ours.effective_norm).scale(0).epsilon(1e-12));
+  CHECK(theirs.weight_norm == doctest::Approx(ours.weight_norm).scale(0).epsilon(1e-12));
+  CHECK(theirs.suggestion.empty());
+  CHECK(codes.report().changed_share == doctest::Approx(3.0 / double(in)));
+  CHECK(codes.report().lost == doctest::Approx(ours.lost).scale(0).epsilon(1e-12));
+
+  // Nothing tallied is a merge of nothing; an update of which nothing is stored is wholly lost.
+  CHECK(MergeTally(0, 5).report().correlation == 1);
+  MergeTally still(1, 2);
+  still.add(0, 1, 1, 1e-9);
+  CHECK(still.report().correlation == 0);
+  CHECK(still.report().lost == 1);
+  CHECK(still.report().changed_share == 0);
+  CHECK_THROWS_WITH_AS(MergeTally(-1, 5), "MergeTally: sizes must not be negative, got -1x5", ShapeError);
+
+  CHECK_THROWS_WITH_AS(refuse_if_lost("mine", still.report(), {.min_correlation = 0.5}),
+                       "mine: the stored update would correlate 0 with the intended one, less than 0.5 (0 % of the "
+                       "stored codes or values change, lost norm 1), or set allow_lossy",
+                       MergeRefused);
+  CHECK_NOTHROW(refuse_if_lost("mine", still.report(), {.min_correlation = 0.5, .allow_lossy = true}));
+  CHECK_NOTHROW(refuse_if_lost("mine", still.report(), {.min_correlation = 0}));
 }
 
 TEST_CASE("bad merges") {

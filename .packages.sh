@@ -2,7 +2,7 @@
 # Which Debian packages the scripts of this tree stand on, and need_packages, which installs what is missing of them.
 # Sourced by tests/test.sh, examples/demo.sh and .ci/run.
 
-# To build anything: a compiler, CMake, Ninja, and the one library the headers need.
+# To build anything: a compiler, CMake, Ninja; and Eigen, which the library does not need, but its examples and tests do.
 packages_build=(g++ cmake ninja-build libeigen3-dev)
 # The main job of examples/demo.sh; its prose comes from the package fortunes unless the user brings text.
 packages_demo=("${packages_build[@]}" nlohmann-json3-dev libcli11-dev)

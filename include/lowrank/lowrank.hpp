@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The umbrella: everything public that needs the standard library and Eigen alone; what lies in a detail/ folder is
-// nobody's to include. Convenient for a first try; including what you use compiles several times faster
-// (docs/compile-cost.md). Not in here, because each needs a library of its own: lowrank/io/*.hpp (nlohmann_json),
+// The umbrella: everything public that needs the standard library alone; what lies in a detail/ folder is nobody's to
+// include. Convenient for a first try; including what you use compiles several times faster (docs/compile-cost.md).
+// Not in here, because each needs a library of its own: lowrank/eigen.hpp, lowrank/io/*.hpp (nlohmann_json),
 // lowrank/xtensor.hpp, lowrank/torch.hpp, lowrank/mpi.hpp.
 #pragma once
 
-#include "lowrank/eigen.hpp"
 #include "lowrank/core/balance.hpp"
 #include "lowrank/core/errors.hpp"
 #include "lowrank/core/factors.hpp"

@@ -63,10 +63,11 @@ struct DoraWorkspace {
 /// **Source** Liu et al., "DoRA", arXiv 2402.09353, eq. 5 and §4.3 (the norm as a constant).
 template <Real T, class Base = DenseBase<T>>
 requires FrozenBase<Base, T> && RowReadable<Base, T>
-class DoraLinear : public FactorParameters<T> {
+class DoraLinear : public FactorParameters<T>, public detail::EvaluateOrCastToMatrixOf<T> {
  public:
   using typename FactorParameters<T>::scalar;
   using FactorParameters<T>::A, FactorParameters<T>::B, FactorParameters<T>::rank;
+  using detail::EvaluateOrCastToMatrixOf<T>::forward, detail::EvaluateOrCastToMatrixOf<T>::backward;
 
   /// `magnitude`: m, of out elements; empty starts from the row norms of W + s·B·A.
   DoraLinear(Base base, const LoraFactors<T>& factors, const LoraLinearOptions& options = {},

@@ -51,10 +51,11 @@ DropoutMask dropout_mask(const LoraLinearOptions& options, const Parameters<T>& 
 /// flops; no allocation once the workspace has seen the largest batch. **Source** Hu et al., arXiv 2106.09685.
 template <Real T, class Base = DenseBase<T>>
 requires FrozenBase<Base, T>
-class LoraLinear : public FactorParameters<T> {
+class LoraLinear : public FactorParameters<T>, public detail::EvaluateOrCastToMatrixOf<T> {
  public:
   using typename FactorParameters<T>::scalar;
   using FactorParameters<T>::A, FactorParameters<T>::B, FactorParameters<T>::rank;
+  using detail::EvaluateOrCastToMatrixOf<T>::forward, detail::EvaluateOrCastToMatrixOf<T>::backward;
 
   /// **Throws** ShapeError when factors or bias do not fit the base; ArgumentError for rank 0 or above min(out, in), a
   /// scale that is not finite, dropout outside [0, 1) or rounding to none or all.

@@ -158,3 +158,12 @@ SingularValues singular_values(X&& W, const SingularValueOptions& options = {}) 
 }
 
 }  // namespace lowrank
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank::detail {
+extern template SingularValues singular_values_of(MatrixView<const float>, const SingularValueOptions&);
+extern template SingularValues singular_values_of(MatrixView<const double>, const SingularValueOptions&);
+extern template SingularValues singular_values_of(MatrixView<const bf16>, const SingularValueOptions&);
+extern template SingularValues singular_values_of(MatrixView<const f16>, const SingularValueOptions&);
+}  // namespace lowrank::detail
+#endif

@@ -62,7 +62,7 @@ class Gptq {
     if (!fixed_ && F.permuted()) throw ArgumentError("gptq: by_activation needs fixed_scales");
     by_block_ = aligned && !F.permuted();
     plain_.assign(W);
-    if (o.quantise.double_quantise) zero_code_ = book().nearest(0.0F);
+    if (book().kind() == CodebookKind::table) zero_code_ = book().nearest(0.0F);
   }
 
   GptqResult<T> run() {

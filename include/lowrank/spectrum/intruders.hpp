@@ -347,3 +347,20 @@ requires MatrixLike<const X&> IntruderReport find_intruders(const X& W, const Lo
 }
 
 }  // namespace lowrank
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank {
+extern template IntruderReport find_intruders(MatrixView<const float>, MatrixView<const float>, const IntruderOptions&);
+extern template IntruderReport find_intruders(MatrixView<const double>, MatrixView<const double>,
+                                              const IntruderOptions&);
+extern template IntruderReport find_intruders(MatrixView<const bf16>, MatrixView<const bf16>, const IntruderOptions&);
+extern template IntruderReport find_intruders(MatrixView<const f16>, MatrixView<const f16>, const IntruderOptions&);
+extern template IntruderReport find_intruders(MatrixView<const float>, const LoraFactors<float>&,
+                                              const IntruderOptions&);
+extern template IntruderReport find_intruders(MatrixView<const double>, const LoraFactors<double>&,
+                                              const IntruderOptions&);
+extern template IntruderReport find_intruders(MatrixView<const bf16>, const LoraFactors<float>&,
+                                              const IntruderOptions&);
+extern template IntruderReport find_intruders(MatrixView<const f16>, const LoraFactors<float>&, const IntruderOptions&);
+}  // namespace lowrank
+#endif

@@ -15,18 +15,17 @@ struct SymmetricSource {
   [[nodiscard]] Index rows() const { return upper.rows(); }
   [[nodiscard]] Index depth() const { return upper.rows(); }
 
-  template <int W>
-  void pack(Index i0, Index count, Index k0, Index kc, double* out) const {
+  void pack(int width, Index i0, Index count, Index k0, Index kc, double* out) const {
     // Left of the diagonal block element (i, k) is read as (k, i), whose rows run along the panel; right of it as it
     // is.
     const Index left = std::clamp<Index>(i0 - k0, 0, kc), middle = std::clamp<Index>(i0 + count - k0, 0, kc);
-    if (left > 0) DenseSource<double>{upper.transposed()}.pack<W>(i0, count, k0, left, out);
+    if (left > 0) DenseSource<double>{upper.transposed()}.pack(width, i0, count, k0, left, out);
     for (Index k = left; k < middle; ++k)
-      for (Index i = 0; i < W; ++i) {
+      for (Index i = 0; i < width; ++i) {
         const Index a = std::min(i0 + i, k0 + k), b = std::max(i0 + i, k0 + k);
-        out[k * W + i] = i < count ? upper(a, b) : 0.0;
+        out[k * width + i] = i < count ? upper(a, b) : 0.0;
       }
-    if (middle < kc) DenseSource<double>{upper}.pack<W>(i0, count, k0 + middle, kc - middle, out + middle * W);
+    if (middle < kc) DenseSource<double>{upper}.pack(width, i0, count, k0 + middle, kc - middle, out + middle * width);
   }
 };
 

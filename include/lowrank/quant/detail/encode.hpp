@@ -127,10 +127,10 @@ class Encoder {
   explicit Encoder(const Codebook& book) : book_(book), search_(searcher(book)) {}
 
   /// The codes of x[0, n), packed from a byte boundary on; `absmax` is their largest magnitude (or the clipping point).
-  /// A block of zeros gets code 0 throughout, as 0·(1/0) compares false with every threshold in bitsandbytes.
+  /// A block of zeros gets the code of zero throughout.
   void table_block(const float* x, Index n, float absmax, std::uint8_t* out) const {
     const int bits = book_.bits();
-    if (absmax == 0) return fill_block(n, 0, out);
+    if (absmax == 0) return fill_block(n, book_.nearest(0.0F), out);
     const float factor = 1.0F / absmax;
     if (!std::isfinite(factor)) return tiny_block(x, n, absmax, out);
     Index i = 0;

@@ -15,7 +15,7 @@ namespace fs = std::filesystem;
 
 struct Source {
   explicit Source(const std::string& path)
-      : directory(path), config(io::detail::read_json_object(path + "/config.json")), tensors(path) {}
+      : directory(path), config(io::read_json_object(path + "/config.json")), tensors(path) {}
   std::string directory;
   io::Json config;  // as it stands in the file: a key nobody here knows goes back unchanged
   io::Checkpoint tensors;

@@ -66,6 +66,7 @@
 #include "lowrank/linalg/symmetric_eigen.hpp"
 #include "lowrank/linalg/truncated_svd.hpp"
 #include "lowrank/linalg/truncated_svd_result.hpp"
+#include "lowrank/model/families.hpp"
 #include "lowrank/model/rank_pattern.hpp"
 #include "lowrank/model/targets.hpp"
 #include "lowrank/optim/adamw.hpp"

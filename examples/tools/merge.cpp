@@ -88,7 +88,7 @@ Matrix<S> folded(const io::TensorView& t) {
   Matrix<S> m;
   const Index rows = t.shape().empty() ? 1 : Index(t.shape()[0]);
   m.resize(rows, rows == 0 ? 0 : t.size() / rows);
-  if (m.size() > 0) std::memcpy(m.data(), t.bytes().data(), t.bytes().size());
+  t.copy_bytes(reinterpret_cast<std::byte*>(m.data()));
   return m;
 }
 
@@ -176,7 +176,7 @@ std::vector<std::byte> merged_bias(const io::TensorView& t, const io::AdapterMod
   return with_stored_type(t, cannot_merge, [&]<class S>(S) {
     using T = arithmetic_of<S>;
     std::vector<S> bias(static_cast<std::size_t>(t.size()));
-    if (!bias.empty()) std::memcpy(bias.data(), t.bytes().data(), t.bytes().size());
+    t.copy_bytes(reinterpret_cast<std::byte*>(bias.data()));
     for (std::size_t i = 0; i < bias.size(); ++i) {
       bias[i] = S(T(bias[i]) + T(m.factors.scale) * T(m.bias[i]));
       if (!std::isfinite(double(bias[i]))) t.fail("is not finite after the merge");
@@ -216,10 +216,14 @@ void run(const Options& o) {
       const auto& s = modules.weights[where[k]].shape();
       Index inner = 1;
       for (std::size_t d = 1; d < s.size(); ++d) inner *= Index(s[d]);
-      if (s.size() != 4 || Index(s[0]) != m.factors.out_features() || inner != m.factors.in_features() ||
-          m.factors.B.cols() != m.factors.rank())
+      if (m.factors.B.cols() != m.factors.rank())
         throw IoError(o.adapter, m.name,
-                      "is a convolution of another shape, or a grouped one, which merge does not support");
+                      "is a grouped convolution (lora_A " + io::shape_text(m.a_shape) + ", lora_B " +
+                          io::shape_text(m.b_shape) + "), which merge does not support");
+      if (s.size() != 4 || Index(s[0]) != m.factors.out_features() || inner != m.factors.in_features())
+        throw IoError(o.adapter, m.name,
+                      "is a convolution of another shape: the weight is " + io::shape_text(s) + ", lora_A " +
+                          io::shape_text(m.a_shape) + ", lora_B " + io::shape_text(m.b_shape));
     }
     of_tensor[weight.name()] = k;
   }
@@ -238,6 +242,18 @@ void run(const Options& o) {
   if (adapter.find("model.embed_tokens") != nullptr && !base.find("lm_head.weight"))
     notes.push_back(
         "the output head is tied to the embedding: merging changes both, unmerged only the embedding was adapted");
+
+  // PEFT goes by what a layer is, whatever fan_in_fan_out says; so does the family.
+  const auto in_by_out = [&](std::size_t k) { return modules.in_by_out(where[k], adapter.config.fan_in_fan_out); };
+  for (std::size_t k = 0; k < where.size(); ++k)
+    if (adapter.modules[k].kind == ModuleKind::linear && in_by_out(k) != adapter.config.fan_in_fan_out &&
+        modules.need_fan_in_fan_out(where) != adapter.config.fan_in_fan_out) {
+      notes.push_back(std::string("the adapter says fan_in_fan_out ") +
+                      (adapter.config.fan_in_fan_out ? "true" : "false") + ", but the base, a " +
+                      modules.config->model_type + ", has its weights " + (in_by_out(k) ? "in x out" : "out x in") +
+                      "; that counts");
+      break;
+    }
 
   Json reports = Json::array();
   double changed = 0, values = 0, intended2 = 0, lost2 = 0, worst = 1;
@@ -263,7 +279,7 @@ void run(const Options& o) {
       base, o.limits(),
       [&](const std::string& weight) {
         check.expect(base[weight]);
-        return stored_factors<float>(adapter.modules[of_tensor.at(weight)], adapter.config.fan_in_fan_out);
+        return stored_factors<float>(adapter.modules[of_tensor.at(weight)], in_by_out(of_tensor.at(weight)));
       },
       [&](const std::string& weight, const MergeReport& r) {
         const std::size_t k = of_tensor.at(weight);
@@ -289,7 +305,7 @@ void run(const Options& o) {
     return io::TensorRewrite{{{t.name(), t.dtype(), t.shape()}}, [&, t, k = k->second](io::SafeTensorsWriter& out) {
                                MergeReport r;
                                check.expect(t);
-                               out.write(t.name(), merged(o, t, adapter.modules[k], adapter.config.fan_in_fan_out, r));
+                               out.write(t.name(), merged(o, t, adapter.modules[k], in_by_out(k), r));
                                account(adapter.modules[k].name, t.size(), r);
                              }};
   };
@@ -302,7 +318,7 @@ void run(const Options& o) {
         r = packed.report(weight.name());
       } else {
         check.expect(weight);
-        (void)merged(o, weight, adapter.modules[k], adapter.config.fan_in_fan_out, r);
+        (void)merged(o, weight, adapter.modules[k], in_by_out(k), r);
       }
       modules.weights[where[k]].drop();
       account(adapter.modules[k].name, size_of(k), r);

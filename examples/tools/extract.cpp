@@ -241,7 +241,7 @@ void report(const Options& o, const Plan& p, const Results& r) {
                        {"passes", m.passes},
                        {"converged", m.converged}});
   }
-  if (const std::string line = p.modules.family_note(); !line.empty()) note(o.common, line);
+  if (const std::string line = p.modules.family_note(p.chosen.selected); !line.empty()) note(o.common, line);
   if (short_of > 0)
     note(o.common, common::text(short_of, " modules did not reach what was asked within rank ", o.max_rank,
                                 "; --max-rank allows more"));

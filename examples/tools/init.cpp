@@ -223,7 +223,7 @@ Plan make_plan(Options& o) {
   expect_different(o.checkpoint, o.output);
   p.base_directory = (std::filesystem::path(o.output) / "base").string();
   p.changed = changes_base(o.method.method);
-  if (const std::string line = p.modules.family_note(); !line.empty()) p.notes.push_back(line);
+  if (const std::string line = p.modules.family_note(p.chosen.selected); !line.empty()) p.notes.push_back(line);
   if (o.method.method == "eva") {
     p.eva = plan_eva(o.method, p.modules, p.chosen.selected, o.seed);
     leave_out_rank_zero(o, p.chosen, p.eva, p.notes);

@@ -76,8 +76,18 @@ std::string Modules::task_type() const {
   return family == nullptr ? "CAUSAL_LM" : std::string(peft_task_type(*family, config->architecture));
 }
 
-std::string Modules::family_note() const {
-  if (family != nullptr) return {};
+std::string Modules::family_note(const std::vector<std::size_t>& selected) const {
+  if (family != nullptr) {
+    const std::string prefix = std::string(family->body) + ".", &model = config->architecture;
+    if (family->body.empty() || model.empty() || peft_task_type(*family, model) == "FEATURE_EXTRACTION") return {};
+    for (const std::size_t i : selected)
+      if (infos[i].role == ModuleRole::body && infos[i].name.starts_with(prefix)) return {};
+    for (const std::size_t i : selected)
+      if (infos[i].role == ModuleRole::body)
+        return "the checkpoint's names lack the \"" + prefix + "\" that " + model + " has (" + infos[i].name +
+               "): PEFT will not find the adapter's modules there unless the model is saved again by transformers";
+    return {};
+  }
   constexpr const char* taken =
       "; weights are taken to be out x in unless --fan-in-fan-out is given, and embeddings and "
       "heads to be what their names say";

@@ -38,8 +38,9 @@ struct Modules {
   [[nodiscard]] bool need_fan_in_fan_out(const std::vector<std::size_t>& selected) const;
   /// PEFT's task_type of the model, as config.json tells; CAUSAL_LM where nothing does.
   [[nodiscard]] std::string task_type() const;
-  /// What somebody should know whose model is of no known family; empty otherwise.
-  [[nodiscard]] std::string family_note() const;
+  /// What somebody should know whose model is of no known family, or whose checkpoint has other names than the class
+  /// it was saved from, so that PEFT will not find the modules of an adapter; empty otherwise.
+  [[nodiscard]] std::string family_note(const std::vector<std::size_t>& selected) const;
 };
 
 /// The family that a checkpoint's config.json names, null where there is none or it is not known.

@@ -263,8 +263,9 @@ TEST_CASE("each architecture has its names, and its rows in the order its conver
     if (c.order.empty()) {
       CHECK_NOTHROW((void)gguf_adapter(a, {.architecture = c.architecture}));  // needs no heads
     } else {
-      check_error<ArgumentError>([&] { (void)gguf_adapter(a, {.architecture = c.architecture}); },
-                                 {c.hf, "num_attention_heads is missing"});
+      check_error<ArgumentError>(
+          [&] { (void)gguf_adapter(a, {.architecture = c.architecture}); },
+          {c.hf, c.rows == 8 ? "num_key_value_heads is missing" : "num_attention_heads is missing"});
       check_error<ArgumentError>(
           [&] { (void)gguf_adapter(a, {.architecture = c.architecture, .heads = 5, .kv_heads = 5}); },
           {c.hf, "do not divide"});

@@ -213,6 +213,14 @@ with tempfile.TemporaryDirectory() as tmp:
             check(tensors["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"][0] == [2, n], f"{directory}: A for {n} inputs")
             check(config["fan_in_fan_out"] == (directory == d + "/flag") and config["task_type"] == "CAUSAL_LM", directory)
 
+    # GPT-2's own checkpoint lacks the prefix its class has: PEFT would not find the adapter, and nothing else tells.
+    d = tmp + "/bare"
+    bare = dict(FAMILIES["gpt2"], in_by_out={k.removeprefix("transformer."): s for k, s in FAMILIES["gpt2"]["in_by_out"].items()})
+    checkpoint(d + "/base", bare, "gpt2")
+    r = run("init", "kaiming", d + "/base", "-o", d + "/a", "--rank", "2")
+    check('lack the "transformer." that GPT2LMHeadModel has' in r.stderr and r.stderr.count("\n") == 1, r.stderr)
+    check(read_adapter(d + "/a")[1]["fan_in_fan_out"], "the orientation does not hang on the prefix")
+
     # A weight that is not finite: tensor and element are named, whatever the method looks at.
     for model_type, module in (("llama", "model.layers.0.mlp.up_proj"), ("gpt2", "transformer.h.0.mlp.c_fc")):
         d = f"{tmp}/{model_type}"

@@ -195,9 +195,10 @@ inline Index gguf_source_row(GgufRows rule, Index i, Index rows, Index heads, In
 /// What keeps the rows from being arranged; empty when nothing does.
 inline std::string gguf_rows_problem(GgufRows rule, Index rows, Index heads, Index kv_heads) {
   if (rule == GgufRows::as_is) return {};
-  if (heads <= 0 || kv_heads <= 0)
+  const bool no_heads = heads <= 0 && rule != GgufRows::key_pairs;
+  if (no_heads || (kv_heads <= 0 && rule != GgufRows::query_pairs))
     return lowrank::detail::text("has rows that llama.cpp orders by heads, and ",
-                                 heads <= 0 ? "num_attention_heads" : "num_key_value_heads",
+                                 no_heads ? "num_attention_heads" : "num_key_value_heads",
                                  " is missing; give the base's config.json or the number of heads");
   const Index n = rule == GgufRows::grouped_qkv ? heads + 2 * kv_heads
                   : rule == GgufRows::key_pairs ? 2 * kv_heads

@@ -244,7 +244,9 @@ inline PeftAdapter parse_gguf_adapter(const std::string& path, Bytes file, const
 /// A GGUF adapter file. **Throws** as parse_gguf_adapter.
 inline PeftAdapter read_gguf_adapter(const std::string& path, const GgufAdapterOptions& o) {
   const MappedFile file(path);
-  return parse_gguf_adapter(path, file.bytes(), o);
+  std::vector<std::byte> bytes(file.bytes().size());  // read, not touched where it is mapped: see MappedFile
+  file.read(file.bytes(), bytes.data());
+  return parse_gguf_adapter(path, bytes, o);
 }
 
 }  // namespace lowrank::io

@@ -207,7 +207,7 @@ with tempfile.TemporaryDirectory() as d:
     cases += [("eva", "--activations", "few.npz", 1, "too few for rank"), ("corda", "--activations", "nowhere.npz", 1, "nowhere.npz"), ("eva", "--activations", "x.txt", 1, "x.txt"),
               ("lora_ga", "--gradients", "zero.npz", 1, first), ("lora_ga", "--gradients", "turned.npz", 1, targets[-1]), ("lora_ga", "--gradients", "x.npz", 1, first),
               ("lora_ga", "--activations", "x.npz", 2, "--"), ("pissa", "--activations", "x.npz", 2, "--activations"), ("pissa", "--gradients", "g.npz", 2, "--gradients"),
-              ("corda", "--gradients", "g.npz", 2, "--activations"), ("lora_ga", "--gradients", "", 1, "")]
+              ("corda", "--gradients", "g.npz", 2, "--gradients"), ("lora_ga", "--gradients", "", 1, "")]
     for method, option, file, code, part in cases:
         extra = ["--rho", "1"] if file == "few.npz" else []
         r = subprocess.run([program, "init", method, d + "/model", "-o", d + "/bad", *map(str, common), option, d + "/" + file, *extra, "-q"], capture_output=True, text=True)

@@ -4,6 +4,7 @@
 
 #include <lowrank/linalg/factor_svd.hpp>
 #include <lowrank/linalg/gemm.hpp>
+#include <lowrank/linalg/norm.hpp>
 #include <lowrank/linalg/singular_values.hpp>
 #include <lowrank/spectrum/alignment.hpp>
 #include <lowrank/spectrum/bounds.hpp>

@@ -10,6 +10,7 @@
 
 #include "lowrank/core/half.hpp"
 #include "lowrank/linalg/update_rows.hpp"
+#include "lowrank/spectrum/metrics.hpp"
 #include "support/compare.hpp"
 
 using namespace lowrank;
@@ -25,6 +26,7 @@ TEST_CASE_TEMPLATE("the Frobenius norm of any storage, order and stride", S, flo
   CHECK(frobenius_norm(part) == doctest::Approx(std::sqrt(square)).epsilon(1e-14));
   CHECK(frobenius_norm(part.transposed()) == doctest::Approx(std::sqrt(square)).epsilon(1e-14));
   CHECK(frobenius_norm(wide.view().block(0, 0, 0, 3)) == 0);
+  CHECK(frobenius_norm(wide) == frobenius_norm(wide.view()));  // and no list of singular values
   CHECK_NOTHROW(require_finite("here", "W", part));
 }
 

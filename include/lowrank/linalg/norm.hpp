@@ -5,6 +5,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "lowrank/core/matrix.hpp"
 #include "lowrank/linalg/detail/scaling.hpp"
 #include "lowrank/linalg/detail/vector_ops.hpp"
 
@@ -30,6 +31,11 @@ double frobenius_norm(MatrixView<S> M) {
     }
   }
   return std::sqrt(sum);
+}
+
+template <class S>
+double frobenius_norm(const Matrix<S>& M) {
+  return frobenius_norm(M.view());
 }
 
 /// Throws unless every element is finite: "`where`: `what` must be finite, got nan at (3, 7)", the first by rows.

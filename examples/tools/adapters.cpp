@@ -5,9 +5,11 @@
 #include <lowrank/adapter/resize.hpp>
 #include <lowrank/adapter/undo.hpp>
 
+#include <algorithm>
 #include <map>
 
 #include "models.hpp"
+#include "outputs.hpp"
 
 namespace lowrank::tool::adapters_command {
 namespace {
@@ -35,6 +37,8 @@ void save(const Common& common, io::PeftAdapter& adapter, const std::string& out
   report["dry_run"] = dry_run;
   throw_if_interrupted();
   if (!dry_run) {
+    remove_leftovers(common, {output});
+    const NewDirectories made(output);
     const Finishing finishing;
     io::write_peft(output, adapter);
   }
@@ -59,6 +63,7 @@ void run(const Resize& o) {
   const int rules = (o.rank > 0) + (o.energy > 0) + (o.cumulative > 0) + (o.ratio > 0);
   if (rules != 1) throw UsageError("resize: give exactly one of --rank, --energy, --cumulative, --ratio");
   expect_different(o.adapter, o.output);
+  expect_no_changed_base(o.output);
   io::PeftAdapter adapter = read_adapter(o.adapter);
   note_dora(o.common, o.adapter, adapter);
   ResizeOptions options;
@@ -95,16 +100,19 @@ void add_resize(CLI::App& app) {
   CLI::App* sub = add_command(app, "resize", "Give an adapter another rank, with the least error", o->common);
   sub->add_option("adapter", o->adapter, "PEFT directory")->required();
   sub->add_option("-o,--output", o->output, "Directory to write")->required();
-  sub->add_option("-r,--rank", o->rank, "This rank")->check(positive());
+  sub->add_option("-r,--rank", o->rank, "This rank")->check(count());
   sub->add_option("--energy", o->energy, "Smallest rank with this share of the squared singular values")
       ->check(between(1e-9, 1.0));
   sub->add_option("--cumulative", o->cumulative, "Smallest rank with this share of the singular values")
       ->check(between(1e-9, 1.0));
   sub->add_option("--ratio", o->ratio, "Keep singular values above the largest divided by this")
       ->check(between(1.0, 1e30));
-  sub->add_option("--max-rank", o->max_rank, "Never more than this")->check(positive());
+  sub->add_option("--max-rank", o->max_rank, "Never more than this")->check(count());
   sub->add_flag("--dry-run", o->dry_run, "Say what would be done, write nothing");
-  sub->callback([o] { run(*o); });
+  sub->callback([o, sub] {
+    expect_used(sub, {{"--max-rank", o->rank == 0, "with --rank", "it limits what the other rules find"}});
+    run(*o);
+  });
 }
 
 // ---- combine --------------------------------------------------------------------------------------------------------
@@ -113,7 +121,7 @@ struct Combine {
   Common common;
   std::vector<std::string> adapters;
   std::vector<double> weights;
-  std::string output, method = "svd", space = "update", election = "total";
+  std::string output, method = "cat", space = "update", election = "total";
   Index rank = 0;
   double density = 0.2;
   std::uint64_t seed = 0;
@@ -146,8 +154,10 @@ Combined<float> combine(const Combine& o, const std::vector<Weighted<float>>& li
 
 void run(const Combine& o) {
   if (!o.weights.empty() && o.weights.size() != o.adapters.size())
-    throw UsageError(lowrank::detail::text("combine: ", o.adapters.size(), " adapters need as many weights, got ",
-                                           o.weights.size()));
+    throw UsageError(text("combine: ", o.adapters.size(), " adapters need as many weights, got ", o.weights.size()));
+  if (!o.weights.empty() && std::all_of(o.weights.begin(), o.weights.end(), [](double w) { return w == 0; }))
+    throw UsageError("combine: all weights are 0, and nothing would be left");
+  expect_no_changed_base(o.output);
   std::vector<io::PeftAdapter> inputs;
   std::map<std::string, std::vector<std::size_t>> users;  // module → adapters that have it
   for (const std::string& path : o.adapters) {
@@ -217,14 +227,15 @@ void add_combine(CLI::App& app) {
   sub->add_option("adapters", o->adapters, "PEFT directories")->required();
   sub->add_option("-o,--output", o->output, "Directory to write")->required();
   sub->add_option("--weights", o->weights, "One weight an adapter, separated by commas; default 1 each")
-      ->delimiter(',');
+      ->delimiter(',')
+      ->check(finite_number());
   sub->add_option("--method", o->method,
                   "cat is the exact sum; svd the best of --rank; linear has cross terms; the others are sparse")
       ->capture_default_str()
       ->check(CLI::IsMember({"cat", "svd", "linear", "ties", "dare_ties", "dare_linear", "magnitude_prune"}));
   sub->add_option("-r,--rank", o->rank,
                   "Rank of the result (svd and the sparse methods); default: the largest of the inputs")
-      ->check(positive());
+      ->check(count());
   sub->add_option("--density", o->density, "Share of entries the sparse methods keep")
       ->capture_default_str()
       ->check(between(1e-9, 1.0));
@@ -234,9 +245,20 @@ void add_combine(CLI::App& app) {
   sub->add_option("--election", o->election, "How TIES elects signs")
       ->capture_default_str()
       ->check(CLI::IsMember({"total", "frequency"}));
-  sub->add_option("--seed", o->seed, "Seed of DARE")->capture_default_str();
+  sub->add_option("--seed", o->seed, "Seed of DARE")->capture_default_str()->check(seed());
   sub->add_flag("--dry-run", o->dry_run, "Say what would be done, write nothing");
-  sub->callback([o] { run(*o); });
+  sub->callback([o, sub] {
+    const bool svd = o->method == "svd", dare = o->method.starts_with("dare_"), ties = o->method.ends_with("ties");
+    const bool sparse = dare || ties || o->method == "magnitude_prune", factors = sparse && o->space == "factors";
+    const std::string with = "with --method " + o->method;
+    expect_used(sub, {{"--rank", svd || sparse, with, "it is for svd and the sparse methods"},
+                      {"--rank", !factors, "with --space factors", "the rank is the adapters' own"},
+                      {"--density", sparse, with, "it is for ties, dare_ties, dare_linear and magnitude_prune"},
+                      {"--space", sparse, with, "it is for ties, dare_ties, dare_linear and magnitude_prune"},
+                      {"--election", ties, with, "it is for ties and dare_ties"},
+                      {"--seed", dare, with, "it is for dare_ties and dare_linear"}});
+    run(*o);
+  });
 }
 
 // ---- undo -----------------------------------------------------------------------------------------------------------
@@ -251,6 +273,7 @@ struct Undo {
 void run(const Undo& o) {
   expect_different(o.adapter, o.output);
   expect_different(o.initial, o.output);
+  expect_no_changed_base(o.output);
   io::PeftAdapter trained = read_adapter(o.adapter);
   const io::PeftAdapter initial = read_adapter(o.initial);
   const std::optional<io::ChangedBase>& mark = initial.changed_base;
@@ -286,7 +309,7 @@ void run(const Undo& o) {
     if (trained.find(m.name) == nullptr) throw IoError(o.adapter, m.name, "is missing: its base was changed too");
   trained.config.use_rslora = false;
   trained.config.init_lora_weights = "true";
-  trained.config.base_model_name_or_path = !o.base.empty() ? o.base : mark ? mark->original : "";
+  trained.config.base_model_name_or_path = !o.base.empty() ? base_name(o.base) : mark ? mark->original : "";
   trained.changed_base.reset();
   trained.metadata.erase(io::method_metadata_key);
   const double error = relative(std::sqrt(distance2), std::sqrt(norm2));
@@ -302,8 +325,7 @@ void add_undo(CLI::App& app) {
   sub->add_option("adapter", o->adapter, "PEFT directory, after training")->required();
   sub->add_option("--initial", o->initial, "PEFT directory as `init` wrote it, before training")->required();
   sub->add_option("-o,--output", o->output, "Directory to write")->required();
-  sub->add_option("-r,--rank", o->rank, "Rank of the result; default: twice the rank, which is exact")
-      ->check(positive());
+  sub->add_option("-r,--rank", o->rank, "Rank of the result; default: twice the rank, which is exact")->check(count());
   sub->add_option("--base-model", o->base, "Name of the original base for the configuration");
   sub->add_flag("--dry-run", o->dry_run, "Say what would be done, write nothing");
   sub->callback([o] { run(*o); });

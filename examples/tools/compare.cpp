@@ -89,49 +89,63 @@ Json checkpoints_entry(const MatrixPair& pair, const MatrixTensor* base, Index k
   return j;
 }
 
-void run(const Options& o) {
-  o.scan.check({o.a, o.b, o.base});
-  std::vector<ScanJob> jobs;
-  std::vector<Skipped> skipped;
-  std::vector<std::string> names;
+// ---- plan -----------------------------------------------------------------------------------------------------------
+
+/// The inputs, and what is to be done with them. Jobs refer to it: it stays where it is.
+struct Plan : ScanPlan {
   std::optional<io::PeftAdapter> adapter_a, adapter_b;
   std::optional<io::Checkpoint> a, b, base;
   std::vector<MatrixTensor> list_a, list_b, list_base;
-  if (is_adapter(o.a) != is_adapter(o.b)) throw UsageError("compare: give two adapters or two checkpoints");
-  if (is_adapter(o.a)) {
-    if (!o.base.empty()) throw UsageError("compare: adapters are updates already, --base is for checkpoints");
-    adapter_a.emplace(io::read_peft(o.a));
-    adapter_b.emplace(io::read_peft(o.b));
-    note_dora(o.scan.common, o.a, *adapter_a);
-    note_dora(o.scan.common, o.b, *adapter_b);
-    names = names_of(adapter_a->modules);
-    for (const auto& [x, y] : pairs_of(*adapter_a, *adapter_b, "B", o.filter, skipped))
-      jobs.push_back({x->name, 1, double(x->factors.A.size() + x->factors.B.size()),
+};
+
+void plan_adapters(const Options& o, Plan& p) {
+  if (!o.base.empty()) throw UsageError("compare: adapters are updates already, --base is for checkpoints");
+  p.adapter_a.emplace(io::read_peft(o.a));
+  p.adapter_b.emplace(io::read_peft(o.b));
+  note_dora(o.scan.common, o.a, *p.adapter_a);
+  note_dora(o.scan.common, o.b, *p.adapter_b);
+  p.names = names_of(p.adapter_a->modules);
+  for (const auto& [x, y] : pairs_of(*p.adapter_a, *p.adapter_b, "B", o.filter, p.skipped))
+    p.jobs.push_back({x->name, 1, double(x->factors.A.size() + x->factors.B.size()),
                       [x = x, y = y, &o] { return adapters_entry(*x, *y, o.k); }});
-  } else {
-    a.emplace(checkpoint_path(o.a));
-    b.emplace(checkpoint_path(o.b));
-    std::vector<Skipped> same_again;  // what several hold is skipped once
-    list_a = matrices_of(*a, skipped);
-    list_b = matrices_of(*b, same_again);
-    if (!o.base.empty()) {
-      base.emplace(checkpoint_path(o.base));
-      list_base = matrices_of(*base, same_again);
-    }
-    names = names_of(list_a);
-    for (const MatrixPair& p : pairs_of(list_a, list_b, "B", o.filter, skipped)) {
-      const MatrixTensor* w = base ? partner_of(*p.first, list_base, "the base", skipped) : nullptr;
-      if (base && w == nullptr) continue;
-      jobs.push_back({p.first->name, p.bytes(), double(p.first->rows) * double(p.first->cols), [p, w, &o] {
-                        return with_precision(p.is_double() || (w != nullptr && w->is_double()),
-                                              [&]<class T>(T) { return checkpoints_entry<T>(p, w, o.k); });
-                      }});
-    }
+}
+
+void plan_checkpoints(const Options& o, Plan& p) {
+  p.a.emplace(checkpoint_path(o.a));
+  p.b.emplace(checkpoint_path(o.b));
+  std::vector<Skipped> same_again;  // what several hold is skipped once
+  p.list_a = matrices_of(*p.a, p.skipped);
+  p.list_b = matrices_of(*p.b, same_again);
+  if (!o.base.empty()) {
+    p.base.emplace(checkpoint_path(o.base));
+    p.list_base = matrices_of(*p.base, same_again);
   }
-  expect_something(o.a, o.filter, jobs.size(), names, skipped);
-  note_quantised(o.scan.common, {&list_a, &list_b, &list_base});
-  auto result = run_scan(o.scan, "compare", fingerprint({o.a, o.b, o.base}, "compare k " + std::to_string(o.k)), jobs);
-  result.skipped.insert(result.skipped.end(), skipped.begin(), skipped.end());
+  p.names = names_of(p.list_a);
+  for (const MatrixPair& pair : pairs_of(p.list_a, p.list_b, "B", o.filter, p.skipped)) {
+    const MatrixTensor* w = p.base ? partner_of(*pair.first, p.list_base, "the base", p.skipped) : nullptr;
+    if (p.base && w == nullptr) continue;
+    p.jobs.push_back(
+        {pair.first->name, pair.bytes(), double(pair.first->rows) * double(pair.first->cols), [pair, w, &o] {
+           return with_precision(pair.is_double() || (w != nullptr && w->is_double()),
+                                 [&]<class T>(T) { return checkpoints_entry<T>(pair, w, o.k); });
+         }});
+  }
+}
+
+void make_plan(const Options& o, Plan& p) {
+  if (is_adapter(o.a) != is_adapter(o.b)) throw UsageError("compare: give two adapters or two checkpoints");
+  if (is_adapter(o.a))
+    plan_adapters(o, p);
+  else
+    plan_checkpoints(o, p);
+  p.fingerprint = fingerprint({o.a, o.b, o.base}, text("compare k ", o.k));
+  expect_something(o.a, o.filter, p);
+  note_quantised(o.scan.common, {&p.list_a, &p.list_b, &p.list_base});
+}
+
+// ---- report ---------------------------------------------------------------------------------------------------------
+
+std::string table_text(const ScanResult& result) {
   std::string table = "difference  φ left  noise  φ right  noise  matrix\n";
   char line[96];
   for (const Json& j : result.matrices) {
@@ -150,6 +164,15 @@ void run(const Options& o) {
     cell(7, "%*.4f", at("right", "noise_phi"));
     table += "  " + j["name"].get<std::string>() + "\n";
   }
+  return table;
+}
+
+void run(const Options& o) {
+  o.scan.check({o.a, o.b, o.base});
+  Plan plan;
+  make_plan(o, plan);
+  ScanResult result = run_scan(o.scan, "compare", plan);
+  const std::string table = table_text(result);
   finish_scan(o.scan, std::move(result),
               {{"command", "compare"},
                {"a", o.a},
@@ -166,10 +189,13 @@ void add_compare(CLI::App& app) {
   sub->add_option("a", o->a, "A checkpoint or a PEFT adapter directory")->required();
   sub->add_option("b", o->b, "Another of the same kind")->required();
   sub->add_option("--base", o->base, "Compare A - BASE with B - BASE");
-  sub->add_option("-k,--k", o->k, "Dimension of the subspaces")->capture_default_str()->check(positive());
+  sub->add_option("-k,--k", o->k, "Dimension of the subspaces")->capture_default_str()->check(count());
   sub->add_option("--filter", o->filter, "Only matrices whose name contains this");
   o->scan.add_to(sub);
-  sub->callback([o] { run(*o); });
+  sub->callback([o, sub] {
+    o->scan.expect_all_used(sub);
+    run(*o);
+  });
 }
 
 const Registration registration{62, "compare", add_compare};

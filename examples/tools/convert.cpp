@@ -6,6 +6,7 @@
 #include "lowrank/io/gguf_adapter.hpp"
 #include "lowrank/io/npz.hpp"
 #include "models.hpp"
+#include "outputs.hpp"
 
 namespace lowrank::tool::convert_command {
 namespace {
@@ -57,6 +58,10 @@ void run(const Options& o) {
   if (o.to == "npz" && o.dtype == "bf16")
     throw UsageError("--dtype bf16: numpy has no such type; --to npz takes f32 or f16");
   expect_different(o.adapter, o.output);
+  if (o.to == "peft")
+    expect_no_changed_base(o.output);
+  else
+    expect_writable(o.output);
   if (!o.base.empty()) expect_different(o.base, o.output);
   io::PeftAdapter adapter;
   if (o.adapter.ends_with(".gguf"))
@@ -79,6 +84,9 @@ void run(const Options& o) {
                   "is a whole tensor saved with the adapter, which the .npz form does not hold");
   throw_if_interrupted();
   if (!o.dry_run) {
+    remove_leftovers(o.common, {o.output});
+    std::optional<NewDirectories> made;
+    if (o.to == "peft") made.emplace(o.output);
     const Finishing finishing;
     if (gguf) {
       gguf->write(o.output);
@@ -89,7 +97,7 @@ void run(const Options& o) {
         if (o.dtype != "f32") m.dtype = factor_dtype(o.dtype);
         round_factors(m.factors, m.dtype);
       }
-      if (!o.base.empty()) adapter.config.base_model_name_or_path = o.base;
+      if (!o.base.empty()) adapter.config.base_model_name_or_path = base_name(o.base);
       io::write_peft(o.output, adapter);
     }
   }
@@ -112,16 +120,29 @@ void add_convert(CLI::App& app) {
   sub->add_option("adapter", o->adapter, "PEFT directory, or .gguf")->required();
   sub->add_option("--to", o->to, "peft, gguf or npz")->required()->check(CLI::IsMember({"peft", "gguf", "npz"}));
   sub->add_option("-o,--output", o->output, "Directory (peft) or file to write")->required();
-  sub->add_option("--base", o->base, "Directory with the base's config.json, for GGUF's head counts");
-  sub->add_option("--heads", o->heads, "Attention heads, instead of --base")->check(positive());
-  sub->add_option("--kv-heads", o->kv_heads, "Key-value heads; default: as --heads")->check(positive());
+  sub->add_option(
+      "--base", o->base,
+      "gguf: directory with the base's config.json, for the head counts; peft: the base to name in the result");
+  sub->add_option("--heads", o->heads, "Attention heads, instead of --base")->check(count());
+  sub->add_option("--kv-heads", o->kv_heads, "Key-value heads; default: as --heads")->check(count());
   sub->add_option("--dtype", o->dtype, "Type of the written factors")
       ->capture_default_str()
       ->check(CLI::IsMember({"f32", "f16", "bf16"}));
   sub->add_flag(changed_base_flag, o->changed_base,
                 "gguf: llama.cpp's base is made from the one that was changed with the adapter (PiSSA, LoftQ, ...)");
   sub->add_flag("--dry-run", o->dry_run, "Check everything, write nothing");
-  sub->callback([o] { run(*o); });
+  sub->callback([o, sub] {
+    // Rows of q_proj and k_proj are permuted in a GGUF: whoever reads or writes one has to know the heads.
+    const bool gguf = o->to == "gguf", heads = gguf || o->adapter.ends_with(".gguf");
+    const std::string to = "with --to " + o->to, for_heads = "it gives the head counts that a .gguf is permuted by";
+    expect_used(sub, {{"--heads", heads, to, for_heads},
+                      {"--kv-heads", heads, to, for_heads},
+                      {"--kv-heads", o->heads > 0, "without --heads", "the two come together"},
+                      {"--base", heads || o->to == "peft", to, "it is for peft, and for the head counts of a .gguf"},
+                      {"--base", o->heads == 0 || o->to == "peft", "with --heads", "either gives the head counts"},
+                      {changed_base_flag, gguf, to, "it says which base llama.cpp gets"}});
+    run(*o);
+  });
 }
 
 const Registration registration{57, "convert", add_convert};

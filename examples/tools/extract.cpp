@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "models.hpp"
+#include "outputs.hpp"
 
 namespace lowrank::tool::extract_command {
 namespace {
@@ -59,6 +60,7 @@ void run(const Options& o) {
     throw UsageError("extract: give exactly one of --rank, --energy, --noise-floor");
   expect_different(o.base, o.output);
   expect_different(o.tuned, o.output);
+  expect_no_changed_base(o.output);
   const io::Checkpoint base(checkpoint_path(o.base)), tuned(checkpoint_path(o.tuned));
   const Modules modules(base);
   const TargetSelection chosen = o.targets.select(modules);
@@ -87,7 +89,7 @@ void run(const Options& o) {
   std::uint64_t total = 0;
   for (const std::size_t i : chosen.selected) total += modules.weights[i].bytes().size();
   {
-    Progress progress(o.common, "extract", total);
+    Progress progress(o.common, "extract", chosen.selected.size(), "matrices", total);
     for (const std::size_t i : chosen.selected) {
       throw_if_interrupted();
       const io::TensorView& w = modules.weights[i];
@@ -168,6 +170,8 @@ void run(const Options& o) {
   io::describe_modules(adapter);
   if (!o.dry_run) {
     throw_if_interrupted();
+    remove_leftovers(o.common, {o.output});
+    const NewDirectories made(o.output);
     const Finishing finishing;
     io::write_peft(o.output, adapter);
   }
@@ -210,7 +214,7 @@ void add_extract(CLI::App& app) {
       ->capture_default_str()
       ->check(positive());
   o->targets.add_to(sub);
-  sub->add_option("--seed", o->seed, "Seed of the SVD's start")->capture_default_str();
+  sub->add_option("--seed", o->seed, "Seed of the SVD's start")->capture_default_str()->check(seed());
   sub->add_option("--dtype", o->dtype, "Type of the stored factors")
       ->capture_default_str()
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));

@@ -7,6 +7,7 @@
 
 #include "init_methods.hpp"
 #include "lowrank/io/bitsandbytes.hpp"
+#include "outputs.hpp"
 
 namespace lowrank::tool::init_command {
 namespace {
@@ -185,6 +186,7 @@ void run(Options& o) {
   expect_different(o.checkpoint, o.output);
   const std::string base_directory = (fs::path(o.output) / "base").string();
   const bool changed = changes_base(o.method.method);
+  if (!changed) expect_no_changed_base(o.output);
   const bool eva = o.method.method == "eva";
   std::vector<std::string> notes;  // said when the work is done: an error is one line alone
   EvaPlan plan;
@@ -266,6 +268,8 @@ void run(Options& o) {
   for (const std::size_t i : chosen.selected) selected[i] = true;
   const auto seed_of = [&](std::size_t i) { return CounterRng(o.seed, 1).bits(module_stream(modules.infos[i].name)); };
 
+  remove_leftovers(o.common, {o.output, base_directory});
+  const NewDirectories made(changed ? base_directory : o.output);
   const auto started = std::chrono::steady_clock::now();
   std::unique_ptr<Finishing> finishing;  // of base and adapter together: one without the other is of no use
   io::StagedFiles files;
@@ -413,7 +417,7 @@ void add_init(CLI::App& app) {
       ->check(between(1.0, 64.0));
   sub->add_flag("--whiten", o->method.whiten, "eva: divide the rows of A by the roots of their singular values");
   sub->add_flag("--no-centre{false}", o->method.centre, "eva: do not subtract the mean of the inputs");
-  sub->add_option("--seed", o->seed, "Seed of all random numbers")->capture_default_str();
+  sub->add_option("--seed", o->seed, "Seed of all random numbers")->capture_default_str()->check(seed());
   sub->add_option("--dtype", o->method.dtype, "Type of the stored factors")
       ->capture_default_str()
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));

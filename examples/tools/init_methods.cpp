@@ -13,6 +13,7 @@
 #include <lowrank/init/orthogonal.hpp>
 #include <lowrank/init/pissa.hpp>
 #include <lowrank/init/qpissa.hpp>
+#include <lowrank/linalg/norm.hpp>
 
 namespace lowrank::tool {
 namespace {
@@ -160,20 +161,12 @@ Outcome changed(const MethodOptions& o, const io::TensorView& weight, bool trans
   return out;
 }
 
-/// **Throws** NonFiniteError that names the first element of W which is NaN or infinite.
-void expect_finite(const Matrix<float>& W) {
-  for (Index i = 0; i < W.rows(); ++i)
-    for (Index j = 0; j < W.cols(); ++j)
-      if (!std::isfinite(W(i, j)))
-        throw NonFiniteError("lowrank init: W must be finite, got " + std::to_string(W(i, j)) + " at (" +
-                             std::to_string(i) + ", " + std::to_string(j) + ")");
-}
 
 /// CorDA and LoRA-GA.
 Outcome from_data(const MethodOptions& o, const io::TensorView& weight, const ModuleInfo& info, bool transposed,
                   std::uint64_t seed) {
   const Matrix<float> W = as_float(weight, transposed);
-  expect_finite(W);  // what is wrong after this is wrong with the data
+  lowrank::require_finite("lowrank init", "W", W.view());  // what is wrong after this is wrong with the data
   const auto take = [&](auto&& result) {
     Outcome out;
     out.factors = std::move(result.factors);

@@ -11,6 +11,7 @@
 #include <cerrno>
 #include <csignal>
 #include <cstring>
+#include <filesystem>
 #include <string_view>
 
 namespace lowrank::tool {
@@ -25,6 +26,15 @@ bool on_terminal = false;
 // Two texts, so that a handler never reads one that is being changed.
 std::array<std::array<char, 1024>, 2> texts{};
 std::atomic<int> current_text{0};
+
+// Directories to remove if they are empty, deepest first; read by a handler, so in fixed places.
+std::array<std::array<char, 4096>, 16> new_directories{};
+std::atomic<int> new_directory_count{0};
+
+void remove_empty_directories() noexcept {
+  const int count = new_directory_count;
+  for (int i = 0; i < count; ++i) ::rmdir(new_directories[std::size_t(i)].data());
+}
 
 void write_all(std::string_view text) noexcept {
   while (!text.empty()) {
@@ -76,6 +86,7 @@ extern "C" void out_of_patience(int) {
     return;
   }
   remove_unfinished();
+  remove_empty_directories();
   say_interrupted();
   ::_exit(Interrupted{caught_signal}.exit_code());
 }
@@ -127,5 +138,25 @@ void say_interrupted() noexcept {
 
 Finishing::Finishing() noexcept { ++sets_in_motion; }
 Finishing::~Finishing() { --sets_in_motion; }
+
+NewDirectories::NewDirectories(const std::string& path) {
+  namespace fs = std::filesystem;
+  std::error_code failed;
+  fs::path p = fs::absolute(path, failed).lexically_normal();
+  if (!p.has_filename()) p = p.parent_path();  // it was written with a slash at its end
+  for (int i = 0; i < int(new_directories.size()) && !fs::exists(p, failed) && p != p.parent_path();
+       p = p.parent_path()) {
+    const std::string name = p.string();
+    auto& place = new_directories[std::size_t(i)];
+    if (name.size() >= place.size()) continue;
+    place.fill('\0');
+    std::copy(name.begin(), name.end(), place.begin());
+    new_directory_count = ++i;
+  }
+}
+NewDirectories::~NewDirectories() {
+  remove_empty_directories();
+  new_directory_count = 0;
+}
 
 }  // namespace lowrank::tool

@@ -45,4 +45,14 @@ class Finishing {
   ~Finishing();
 };
 
+/// Directories that are not there yet and will be made on the way to `path`. Those in which nothing came to lie are
+/// removed when this goes, or when a signal ends the process: a run that failed leaves no empty ones.
+class NewDirectories {
+ public:
+  explicit NewDirectories(const std::string& path);
+  NewDirectories(const NewDirectories&) = delete;
+  NewDirectories& operator=(const NewDirectories&) = delete;
+  ~NewDirectories();
+};
+
 }  // namespace lowrank::tool

@@ -58,44 +58,60 @@ Json pair_entry(const ModulePair& p, const IntruderOptions& o) {
   return j;
 }
 
-void run(const Options& o) {
-  o.scan.check({o.base, o.tuned});
-  const io::Checkpoint base(checkpoint_path(o.base));
-  std::vector<Skipped> skipped;
-  const auto list = matrices_of(base, skipped);
-  std::vector<ScanJob> jobs;
+// ---- plan -----------------------------------------------------------------------------------------------------------
+
+/// The inputs, and what is to be done with them. Jobs refer to it: it stays where it is.
+struct Plan : ScanPlan {
+  io::Checkpoint base;
   std::optional<io::Checkpoint> tuned;
   std::optional<io::PeftAdapter> adapter;
-  std::vector<MatrixTensor> tuned_list;
-  std::vector<std::string> names;
-  if (is_adapter(o.tuned)) {
-    adapter.emplace(io::read_peft(o.tuned));
-    names = names_of(adapter->modules);
-    for (const ModulePair& p : pairs_of(*adapter, list, o.filter, skipped)) {
-      if (!p.module->magnitude.empty()) {
-        skipped.push_back({p.module->name, "uses DoRA; merge it first and compare the checkpoints", true});
-        continue;
-      }
-      jobs.push_back({p.module->name, p.weight->bytes(), cost(p.weight->rows, p.weight->cols), [&o, p] {
-                        return with_precision(p.weight->is_double(),
-                                              [&]<class T>(T) { return pair_entry<T>(p, o.intruders); });
-                      }});
-    }
-  } else {
-    tuned.emplace(checkpoint_path(o.tuned));
-    std::vector<Skipped> same_again;  // what both hold is skipped once
-    tuned_list = matrices_of(*tuned, same_again);
-    names = names_of(list);
-    for (const MatrixPair& p : pairs_of(list, tuned_list, "the tuned checkpoint", o.filter, skipped))
-      jobs.push_back({p.first->name, p.bytes(), cost(p.first->rows, p.first->cols), [&o, p] {
-                        return with_precision(p.is_double(), [&]<class T>(T) { return pair_entry<T>(p, o.intruders); });
-                      }});
+  std::vector<MatrixTensor> base_list, tuned_list;
+
+  explicit Plan(const Options& o) : base(checkpoint_path(o.base)) {}
+};
+
+void plan_adapter(const Options& o, Plan& p) {
+  p.adapter.emplace(io::read_peft(o.tuned));
+  p.names = names_of(p.adapter->modules);
+  for (const ModulePair& pair : pairs_of(*p.adapter, p.base_list, o.filter, p.skipped)) {
+    if (!pair.module->magnitude.empty())
+      p.skipped.push_back(
+          {pair.module->name, SkipReason::unsupported, "uses DoRA; merge it first and compare the checkpoints"});
+    else
+      p.jobs.push_back(
+          {pair.module->name, pair.weight->bytes(), cost(pair.weight->rows, pair.weight->cols), [&o, pair] {
+             return with_precision(pair.weight->is_double(),
+                                   [&]<class T>(T) { return pair_entry<T>(pair, o.intruders); });
+           }});
   }
-  expect_something(o.tuned, o.filter, jobs.size(), names, skipped);
-  note_quantised(o.scan.common, {&list, &tuned_list});
-  const std::string settings = lowrank::detail::text("intruders k ", o.intruders.k, " epsilon ", o.intruders.epsilon);
-  auto result = run_scan(o.scan, "intruders", fingerprint({o.base, o.tuned}, settings), jobs);
-  result.skipped.insert(result.skipped.end(), skipped.begin(), skipped.end());
+}
+
+void plan_checkpoint(const Options& o, Plan& p) {
+  p.tuned.emplace(checkpoint_path(o.tuned));
+  std::vector<Skipped> same_again;  // what both hold is skipped once
+  p.tuned_list = matrices_of(*p.tuned, same_again);
+  p.names = names_of(p.base_list);
+  for (const MatrixPair& pair : pairs_of(p.base_list, p.tuned_list, "the tuned checkpoint", o.filter, p.skipped))
+    p.jobs.push_back({pair.first->name, pair.bytes(), cost(pair.first->rows, pair.first->cols), [&o, pair] {
+                        return with_precision(pair.is_double(),
+                                              [&]<class T>(T) { return pair_entry<T>(pair, o.intruders); });
+                      }});
+}
+
+void make_plan(const Options& o, Plan& p) {
+  p.base_list = matrices_of(p.base, p.skipped);
+  if (is_adapter(o.tuned))
+    plan_adapter(o, p);
+  else
+    plan_checkpoint(o, p);
+  p.fingerprint = fingerprint({o.base, o.tuned}, text("intruders k ", o.intruders.k, " epsilon ", o.intruders.epsilon));
+  expect_something(o.tuned, o.filter, p);
+  note_quantised(o.scan.common, {&p.base_list, &p.tuned_list});
+}
+
+// ---- report ---------------------------------------------------------------------------------------------------------
+
+std::string table_text(const ScanResult& result) {
   std::string table = "intruders  energy  matrix\n";
   char line[64];
   for (const Json& j : result.matrices) {
@@ -103,6 +119,15 @@ void run(const Options& o) {
                   j["energy_share"].get<double>());
     table += line + j["name"].get<std::string>() + (j["full_svd"].get<bool>() ? "  (full SVD)" : "") + "\n";
   }
+  return table;
+}
+
+void run(const Options& o) {
+  o.scan.check({o.base, o.tuned});
+  Plan plan(o);
+  make_plan(o, plan);
+  ScanResult result = run_scan(o.scan, "intruders", plan);
+  const std::string table = table_text(result);
   finish_scan(o.scan, std::move(result),
               {{"command", "intruders"},
                {"base", o.base},
@@ -119,13 +144,16 @@ void add_intruders(CLI::App& app) {
   sub->add_option("tuned", o->tuned, "The tuned checkpoint, or a PEFT adapter directory")->required();
   sub->add_option("-k,--k", o->intruders.k, "Leading left singular vectors that are judged")
       ->capture_default_str()
-      ->check(positive());
+      ->check(count());
   sub->add_option("--epsilon", o->intruders.epsilon, "|cos| below this with every vector of the base makes an intruder")
       ->capture_default_str()
       ->check(between(1e-9, 1.0));
   sub->add_option("--filter", o->filter, "Only matrices whose name contains this");
   o->scan.add_to(sub);
-  sub->callback([o] { run(*o); });
+  sub->callback([o, sub] {
+    o->scan.expect_all_used(sub);
+    run(*o);
+  });
 }
 
 const Registration registration{61, "intruders", add_intruders};

@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <new>
 
+#include "common/cli.hpp"
 #include "interrupt.hpp"
 #include "tool.hpp"
 
@@ -27,14 +28,9 @@ std::vector<Entry>& entries() {
   return list;
 }
 
-/// One line on stderr, whatever the message holds.
-int complain(int code, std::string message) {
-  std::replace(message.begin(), message.end(), '\n', ' ');
-  std::fprintf(stderr, "lowrank: %s\n", message.c_str());
-  return code;
-}
+int complain(int code, const std::string& message) { return common::complain("lowrank", code, message); }
 
-int run(int argc, char** argv) {
+int run(std::vector<std::string> words) {
   CLI::App app{"Low-rank adapters of real checkpoints: initialise, extract, resize, merge, combine, convert, inspect."};
   app.name("lowrank");
   app.set_version_flag("--version", std::string("lowrank ") + version);
@@ -44,14 +40,19 @@ int run(int argc, char** argv) {
   for (const Entry& e : list) e.add(app);
   for (CLI::App* sub : app.get_subcommands(nullptr))
     sub->preparse_callback([name = sub->get_name()](std::size_t) { describe_interruption(name); });
+  if (!words.empty() && words[0] == "help") {  // lowrank help [SUBCOMMAND]
+    words.erase(words.begin());
+    words.emplace_back("--help");
+  }
+  std::reverse(words.begin(), words.end());  // as CLI11 wants them
   try {
     watch_for_interrupts();
-    app.parse(argc, argv);
+    app.parse(std::move(words));
     if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) return complain(1, "cannot write the report to stdout");
     return 0;
   } catch (const CLI::ParseError& e) {
     if (e.get_exit_code() == 0) return app.exit(e);  // --help, --version
-    return complain(2, std::string(e.what()) + " (see lowrank --help)");
+    return complain(2, common::explain(app, e));
   } catch (const Interrupted& e) {
     say_interrupted();
     return e.exit_code();
@@ -79,5 +80,5 @@ Registration::Registration(int order, const char* name, void (*add)(CLI::App&)) 
 int main(int argc, char** argv) {
   // A limit on file sizes is a disk that is full: an error of the write that met it, with the temporary file removed.
   std::signal(SIGXFSZ, SIG_IGN);
-  return lowrank::tool::run(argc, argv);
+  return lowrank::tool::run({argv + 1, argv + argc});
 }

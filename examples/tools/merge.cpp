@@ -4,12 +4,14 @@
 #include <lowrank/init/initialised.hpp>
 #include <lowrank/quant/merge.hpp>
 
+#include <algorithm>
 #include <filesystem>
 #include <map>
 #include <set>
 
 #include "merge_packed.hpp"
 #include "models.hpp"
+#include "outputs.hpp"
 
 namespace lowrank::tool::merge_command {
 namespace {
@@ -153,155 +155,257 @@ std::vector<std::byte> merged_bias(const io::TensorView& t, const io::AdapterMod
   });
 }
 
+// ---- plan: what each tensor of the base becomes, checked before anything is computed
+// ---------------------------------
+
+struct Plan {
+  io::Checkpoint base;
+  io::PeftAdapter adapter;
+  BaseCheck check;
+  Modules modules;
+  std::string summary;             ///< how many modules found their weight
+  std::vector<std::size_t> where;  ///< adapter.modules[k] belongs to modules.weights[where[k]]
+  /// Tensor of the base → k: a weight, a layer's bias that gets lora_B's, a part of a 4-bit weight.
+  std::map<std::string, std::size_t> of_tensor, of_bias, of_part;
+  std::map<std::string, const io::SavedTensor*> replaced;  ///< tensors the adapter brings whole
+  std::vector<std::string> notes;                          ///< said when the work is done: an error is one line alone
+
+  explicit Plan(const Options& o)
+      : base(checkpoint_path(o.base)),
+        adapter(read_adapter(o.adapter)),
+        check(o, adapter, base),
+        modules(base, true),
+        where(match_adapter(o.adapter, adapter, modules, summary)) {}
+  [[nodiscard]] const io::TensorView& weight(std::size_t k) const { return modules.weights[where[k]]; }
+  [[nodiscard]] Index size(std::size_t k) const {
+    const ModuleInfo& info = modules.infos[where[k]];
+    return info.rows > 0 ? info.rows * info.cols : weight(k).size();
+  }
+};
+
+void expect_convolution(const Options& o, const io::AdapterModule& m, const io::TensorView& weight) {
+  const auto& s = weight.shape();
+  Index inner = 1;
+  for (std::size_t d = 1; d < s.size(); ++d) inner *= Index(s[d]);
+  if (s.size() != 4 || Index(s[0]) != m.factors.out_features() || inner != m.factors.in_features() ||
+      m.factors.B.cols() != m.factors.rank())
+    throw IoError(o.adapter, m.name,
+                  "is a convolution of another shape, or a grouped one, which merge does not support");
+}
+
+void plan_module(const Options& o, Plan& p, std::size_t k) {
+  const io::AdapterModule& m = p.adapter.modules[k];
+  const std::string& weight = p.weight(k).name();
+  const bool packed = p.weight(k).dtype() == io::Dtype::U8;
+  if (packed && !m.magnitude.empty())
+    throw IoError(o.adapter, m.name, "is a DoRA adapter on a 4-bit weight, which merge does not support");
+  if (!m.bias.empty()) {
+    const auto bias = p.base.find(m.name + ".bias");
+    if (!bias || bias->size() != Index(m.bias.size()))
+      throw IoError(o.adapter, m.name,
+                    bias ? "has a bias on lora_B of another length than the layer's"
+                         : "has a bias on lora_B, but the layer has none to merge it into");
+    p.of_bias[bias->name()] = k;
+  }
+  if (packed)
+    for (const std::string& part : PackedMerge::parts(p.base, weight)) p.of_part[part] = k;
+  if (m.kind == ModuleKind::conv) expect_convolution(o, m, p.weight(k));
+  p.of_tensor[weight] = k;
+}
+
+void plan_saved(const Options& o, Plan& p, const io::SavedTensor& t) {
+  std::string name = t.spec.name;
+  if (const auto at = name.rfind(".base_layer."); at != std::string::npos)
+    name.erase(at, std::string_view(".base_layer").size());
+  if (!p.base.find(name))
+    throw IoError(o.adapter, t.spec.name, "is saved with the adapter, but the base has no such tensor");
+  // The wrapped weight of an adapted module is the base itself.
+  if (!p.of_tensor.contains(name)) p.replaced[name] = &t;
+}
+
+void make_plan(const Options& o, Plan& p) {
+  for (std::size_t k = 0; k < p.where.size(); ++k) plan_module(o, p, k);
+  for (const io::SavedTensor& t : p.adapter.saved) plan_saved(o, p, t);
+  // An output head tied to the embedding has no tensor of its own: adapting the embedding would change both.
+  if (p.adapter.find("model.embed_tokens") != nullptr && !p.base.find("lm_head.weight"))
+    p.notes.emplace_back(
+        "the output head is tied to the embedding: merging changes both, unmerged only the embedding was adapted");
+}
+
+// ---- compute
+// ---------------------------------------------------------------------------------------------------------
+
+struct ModuleReport {
+  std::string name;
+  Index size = 0;
+  MergeReport merge;
+};
+
+/// What storage kept of the updates, module by module and in all.
+struct Results {
+  std::vector<ModuleReport> modules;
+
+  [[nodiscard]] double changed_share() const {
+    double changed = 0, values = 0;
+    for (const ModuleReport& m : modules) {
+      changed += m.merge.changed_share * double(m.size);
+      values += double(m.size);
+    }
+    return values > 0 ? changed / values : 0;
+  }
+  [[nodiscard]] double lost() const {
+    double intended2 = 0, lost2 = 0;
+    for (const ModuleReport& m : modules) {
+      intended2 += m.merge.intended_norm * m.merge.intended_norm;
+      lost2 += std::pow(m.merge.lost * m.merge.intended_norm, 2);
+    }
+    return intended2 > 0 ? std::sqrt(lost2 / intended2) : 0;
+  }
+  [[nodiscard]] double least_correlation() const {
+    double worst = 1;
+    for (const ModuleReport& m : modules) worst = std::min(worst, m.merge.correlation);
+    return worst;
+  }
+  [[nodiscard]] std::size_t below(double correlation) const {
+    return std::size_t(std::count_if(modules.begin(), modules.end(),
+                                     [&](const ModuleReport& m) { return m.merge.correlation < correlation; }));
+  }
+};
+
+PackedMerge packed_merge(const Options& o, Plan& p, Results& results) {
+  return {p.base, o.limits(),
+          [&p](const std::string& weight) {
+            p.check.expect(p.base[weight]);
+            return stored_factors<float>(p.adapter.modules[p.of_tensor.at(weight)], p.adapter.config.fan_in_fan_out);
+          },
+          [&p, &results](const std::string& weight, const MergeReport& r) {
+            const std::size_t k = p.of_tensor.at(weight);
+            results.modules.push_back({p.adapter.modules[k].name, p.size(k), r});
+          }};
+}
+
+/// What becomes of one tensor of the base; nothing where it stays.
+std::optional<io::TensorRewrite> rewrite(const Options& o, Plan& p, PackedMerge& packed, Results& results,
+                                         const io::TensorView& t) {
+  const io::TensorSpec same{t.name(), t.dtype(), t.shape()};
+  if (const auto k = p.of_bias.find(t.name()); k != p.of_bias.end())
+    return io::TensorRewrite{{same}, [&p, t, k = k->second](io::SafeTensorsWriter& out) {
+                               out.write(t.name(), merged_bias(t, p.adapter.modules[k]));
+                             }};
+  if (const auto k = p.of_part.find(t.name()); k != p.of_part.end()) {
+    const std::string& weight = p.weight(k->second).name();
+    return io::TensorRewrite{{packed.spec(weight, t.name())},
+                             [&packed, name = t.name(), weight](io::SafeTensorsWriter& out) {
+                               out.write(name, packed.bytes(weight, name));
+                             }};
+  }
+  if (const auto r = p.replaced.find(t.name()); r != p.replaced.end())
+    return io::TensorRewrite{
+        {{t.name(), r->second->spec.dtype, r->second->spec.shape}},
+        [saved = r->second, name = t.name()](io::SafeTensorsWriter& out) { out.write(name, saved->bytes); }};
+  const auto k = p.of_tensor.find(t.name());
+  if (k == p.of_tensor.end()) return std::nullopt;
+  return io::TensorRewrite{{same}, [&o, &p, &results, t, k = k->second](io::SafeTensorsWriter& out) {
+                             MergeReport r;
+                             p.check.expect(t);
+                             const io::AdapterModule& m = p.adapter.modules[k];
+                             out.write(t.name(), merged(o, t, m, p.adapter.config.fan_in_fan_out, r));
+                             results.modules.push_back({m.name, t.size(), r});
+                           }};
+}
+
+/// What would be lost, and nothing written.
+Results simulate(const Options& o, Plan& p) {
+  Results results;
+  const PackedMerge packed = packed_merge(o, p, results);
+  std::uint64_t bytes = 0;
+  for (std::size_t k = 0; k < p.where.size(); ++k) bytes += p.weight(k).bytes().size();
+  Progress progress(o.common, "merge", p.where.size(), "tensors", bytes);
+  for (std::size_t k = 0; k < p.where.size(); ++k) {
+    throw_if_interrupted();
+    MergeReport r;
+    const io::TensorView& weight = p.weight(k);
+    const io::AdapterModule& m = p.adapter.modules[k];
+    if (weight.dtype() == io::Dtype::U8) {
+      r = packed.report(weight.name());
+    } else {
+      p.check.expect(weight);
+      (void)merged(o, weight, m, p.adapter.config.fan_in_fan_out, r);
+    }
+    weight.drop();
+    results.modules.push_back({m.name, p.size(k), r});
+    progress.advance(weight.bytes().size(), m.name);
+  }
+  return results;
+}
+
+Results write_merged(const Options& o, Plan& p) {
+  Results results;
+  PackedMerge packed = packed_merge(o, p, results);
+  const bool directory = !o.output.ends_with(".safetensors");
+  remove_leftovers(o.common, {o.output});
+  std::optional<NewDirectories> made;
+  if (directory) made.emplace(o.output);
+  std::unique_ptr<Finishing> finishing;
+  io::StagedFiles files = stage_interruptibly(
+      o.common, "merge", p.base, o.output, [&](const io::TensorView& t) { return rewrite(o, p, packed, results, t); },
+      finishing);
+  if (directory) {
+    (void)stage_model_files(o.base, o.output, files);
+    files.remove((fs::path(o.output) / io::changed_base_file).string());  // what was here may have been another base
+  }
+  files.commit();
+  return results;
+}
+
+// ---- report
+// ----------------------------------------------------------------------------------------------------------
+
+Json to_json(const ModuleReport& m) {
+  const MergeReport& r = m.merge;
+  return {{"name", m.name},
+          {"changed_share", r.changed_share},
+          {"correlation", r.correlation},
+          {"lost", r.lost},
+          {"intended_norm", r.intended_norm},
+          {"effective_norm", r.effective_norm},
+          {"weight_norm", r.weight_norm}};
+}
+
+void print_report(const Options& o, Plan& p, const Results& results) {
+  if (const std::size_t strangers = p.check.strangers(); strangers > 0)
+    p.notes.push_back(text(strangers, " weights of the base are not the ones the adapter was made with"));
+  const std::size_t refused = results.below(o.min_correlation);  // of a dry run; else the first one was an error
+  if (o.dry_run && !o.allow_lossy && refused > 0)
+    p.notes.push_back(text("without --dry-run the merge would be refused: ", refused, " modules correlate less than ",
+                           number(o.min_correlation), " with what was intended (--allow-lossy merges anyway)"));
+  for (const std::string& line : p.notes) note(o.common, line);
+  Json modules = Json::array();
+  for (const ModuleReport& m : results.modules) modules.push_back(to_json(m));
+  const double share = results.changed_share(), lost = results.lost(), least = results.least_correlation();
+  print(o.common,
+        {{"command", "merge"},
+         {"applied", p.where.size()},
+         {"total", p.adapter.modules.size()},
+         {"changed_share", share},
+         {"lost", lost},
+         {"least_correlation", least},
+         {"base", p.check.verdict()},
+         {"output", o.output},
+         {"dry_run", o.dry_run},
+         {"modules", std::move(modules)}},
+        p.summary + "\n" + "stored values changed: " + number(100 * share) + " %; update lost to rounding: " +
+            number(100 * lost) + " % of its norm; least correlation of a module: " + number(least) + "\n" +
+            (o.dry_run ? "would write " : "wrote ") + o.output + "\n");
+}
+
 void run(const Options& o) {
   expect_different(o.base, o.output);
   expect_different(o.adapter, o.output);
-  const io::Checkpoint base(checkpoint_path(o.base));
-  const io::PeftAdapter adapter = read_adapter(o.adapter);
-  BaseCheck check(o, adapter, base);
-  const Modules modules(base, true);
-  std::string summary;
-  const std::vector<std::size_t> where = match_adapter(o.adapter, adapter, modules, summary);
-  std::map<std::string, std::size_t> of_tensor, of_bias, of_part;
-  for (std::size_t k = 0; k < where.size(); ++k) {
-    const io::AdapterModule& m = adapter.modules[k];
-    const io::TensorView& weight = modules.weights[where[k]];
-    const bool packed = weight.dtype() == io::Dtype::U8;
-    if (packed && !m.magnitude.empty())
-      throw IoError(o.adapter, m.name, "is a DoRA adapter on a 4-bit weight, which merge does not support");
-    if (!m.bias.empty()) {
-      const auto bias = base.find(m.name + ".bias");
-      if (!bias || bias->size() != Index(m.bias.size()))
-        throw IoError(o.adapter, m.name,
-                      bias ? "has a bias on lora_B of another length than the layer's"
-                           : "has a bias on lora_B, but the layer has none to merge it into");
-      of_bias[bias->name()] = k;
-    }
-    if (packed)
-      for (const std::string& part : PackedMerge::parts(base, weight.name())) of_part[part] = k;
-    if (m.kind == ModuleKind::conv) {
-      const auto& s = modules.weights[where[k]].shape();
-      Index inner = 1;
-      for (std::size_t d = 1; d < s.size(); ++d) inner *= Index(s[d]);
-      if (s.size() != 4 || Index(s[0]) != m.factors.out_features() || inner != m.factors.in_features() ||
-          m.factors.B.cols() != m.factors.rank())
-        throw IoError(o.adapter, m.name,
-                      "is a convolution of another shape, or a grouped one, which merge does not support");
-    }
-    of_tensor[weight.name()] = k;
-  }
-  std::map<std::string, const io::SavedTensor*> replaced;
-  for (const io::SavedTensor& t : adapter.saved) {
-    std::string name = t.spec.name;
-    if (const auto at = name.rfind(".base_layer."); at != std::string::npos)
-      name.erase(at, std::string_view(".base_layer").size());
-    if (!base.find(name))
-      throw IoError(o.adapter, t.spec.name, "is saved with the adapter, but the base has no such tensor");
-    if (of_tensor.contains(name)) continue;  // the wrapped weight of an adapted module: the base itself
-    replaced[name] = &t;
-  }
-  // An output head tied to the embedding has no tensor of its own: adapting the embedding would change both.
-  std::vector<std::string> notes;  // said when the work is done: an error is one line alone
-  if (adapter.find("model.embed_tokens") != nullptr && !base.find("lm_head.weight"))
-    notes.push_back(
-        "the output head is tied to the embedding: merging changes both, unmerged only the embedding was adapted");
-
-  Json reports = Json::array();
-  double changed = 0, values = 0, intended2 = 0, lost2 = 0, worst = 1;
-  const auto account = [&](const std::string& name, Index size, const MergeReport& r) {
-    changed += r.changed_share * double(size);
-    values += double(size);
-    intended2 += r.intended_norm * r.intended_norm;
-    lost2 += std::pow(r.lost * r.intended_norm, 2);
-    worst = std::min(worst, r.correlation);
-    reports.push_back({{"name", name},
-                       {"changed_share", r.changed_share},
-                       {"correlation", r.correlation},
-                       {"lost", r.lost},
-                       {"intended_norm", r.intended_norm},
-                       {"effective_norm", r.effective_norm},
-                       {"weight_norm", r.weight_norm}});
-  };
-  const auto size_of = [&](std::size_t k) {
-    return modules.infos[where[k]].rows > 0 ? modules.infos[where[k]].rows * modules.infos[where[k]].cols
-                                            : modules.weights[where[k]].size();
-  };
-  PackedMerge packed(
-      base, o.limits(),
-      [&](const std::string& weight) {
-        check.expect(base[weight]);
-        return stored_factors<float>(adapter.modules[of_tensor.at(weight)], adapter.config.fan_in_fan_out);
-      },
-      [&](const std::string& weight, const MergeReport& r) {
-        const std::size_t k = of_tensor.at(weight);
-        account(adapter.modules[k].name, size_of(k), r);
-      });
-  const auto rewrite = [&](const io::TensorView& t) -> std::optional<io::TensorRewrite> {
-    if (const auto k = of_bias.find(t.name()); k != of_bias.end())
-      return io::TensorRewrite{{{t.name(), t.dtype(), t.shape()}}, [&, t, k = k->second](io::SafeTensorsWriter& out) {
-                                 out.write(t.name(), merged_bias(t, adapter.modules[k]));
-                               }};
-    if (const auto k = of_part.find(t.name()); k != of_part.end()) {
-      const std::string& weight = modules.weights[where[k->second]].name();
-      return io::TensorRewrite{
-          {packed.spec(weight, t.name())},
-          [&, name = t.name(), weight](io::SafeTensorsWriter& out) { out.write(name, packed.bytes(weight, name)); }};
-    }
-    if (const auto r = replaced.find(t.name()); r != replaced.end())
-      return io::TensorRewrite{
-          {{t.name(), r->second->spec.dtype, r->second->spec.shape}},
-          [saved = r->second, name = t.name()](io::SafeTensorsWriter& out) { out.write(name, saved->bytes); }};
-    const auto k = of_tensor.find(t.name());
-    if (k == of_tensor.end()) return std::nullopt;
-    return io::TensorRewrite{{{t.name(), t.dtype(), t.shape()}}, [&, t, k = k->second](io::SafeTensorsWriter& out) {
-                               MergeReport r;
-                               check.expect(t);
-                               out.write(t.name(), merged(o, t, adapter.modules[k], adapter.config.fan_in_fan_out, r));
-                               account(adapter.modules[k].name, t.size(), r);
-                             }};
-  };
-  if (o.dry_run) {
-    for (std::size_t k = 0; k < where.size(); ++k) {
-      throw_if_interrupted();
-      MergeReport r;
-      const io::TensorView& weight = modules.weights[where[k]];
-      if (weight.dtype() == io::Dtype::U8) {
-        r = packed.report(weight.name());
-      } else {
-        check.expect(weight);
-        (void)merged(o, weight, adapter.modules[k], adapter.config.fan_in_fan_out, r);
-      }
-      modules.weights[where[k]].drop();
-      account(adapter.modules[k].name, size_of(k), r);
-    }
-  } else {
-    std::unique_ptr<Finishing> finishing;
-    io::StagedFiles files = stage_interruptibly(o.common, "merge", base, o.output, rewrite, finishing);
-    if (!o.output.ends_with(".safetensors")) {
-      (void)stage_model_files(o.base, o.output, files);
-      files.remove((fs::path(o.output) / io::changed_base_file).string());  // what was here may have been another base
-    }
-    files.commit();
-  }
-  if (check.strangers() > 0)
-    notes.push_back(
-        lowrank::detail::text(check.strangers(), " weights of the base are not the ones the adapter was made with"));
-  for (const std::string& line : notes) note(o.common, line);
-  const double lost = intended2 > 0 ? std::sqrt(lost2 / intended2) : 0, share = values > 0 ? changed / values : 0;
-  const Json report = {{"command", "merge"},
-                       {"applied", where.size()},
-                       {"total", adapter.modules.size()},
-                       {"changed_share", share},
-                       {"lost", lost},
-                       {"least_correlation", worst},
-                       {"base", check.verdict()},
-                       {"output", o.output},
-                       {"dry_run", o.dry_run},
-                       {"modules", std::move(reports)}};
-  print(o.common, report,
-        summary + "\n" + "stored values changed: " + number(100 * share) + " %; update lost to rounding: " +
-            number(100 * lost) + " % of its norm; least correlation of a module: " + number(worst) + "\n" +
-            (o.dry_run ? "would write " : "wrote ") + o.output + "\n");
+  Plan plan(o);
+  make_plan(o, plan);
+  const Results results = o.dry_run ? simulate(o, plan) : write_merged(o, plan);
+  print_report(o, plan, results);
 }
 
 void add_merge(CLI::App& app) {
@@ -318,7 +422,10 @@ void add_merge(CLI::App& app) {
   sub->add_flag(changed_base_flag, o->changed_base,
                 "BASE is the base that was changed with the adapter (PiSSA, LoftQ, ...), whatever the marks say");
   sub->add_flag("--dry-run", o->dry_run, "Report what would be lost, write nothing");
-  sub->callback([o] { run(*o); });
+  sub->callback([o, sub] {
+    expect_used(sub, {{"--min-correlation", !o->allow_lossy, "with --allow-lossy", "it says what is not allowed"}});
+    run(*o);
+  });
 }
 
 const Registration registration{45, "merge", add_merge};

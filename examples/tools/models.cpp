@@ -25,9 +25,8 @@ Modules::Modules(const io::Checkpoint& checkpoint, bool packed) {
     const auto& shape = t.shape();
     info.kind = ModuleKind::other;
     if (io::is_convertible_float(t.dtype()) && shape.size() == 2)
-      info.kind = lowrank::detail::is_one_of(lowrank::detail::last_component(info.name), embeddings)
-                      ? ModuleKind::embedding
-                      : ModuleKind::linear;
+      info.kind = lowrank::detail::is_one_of(lowrank::last_component(info.name), embeddings) ? ModuleKind::embedding
+                                                                                             : ModuleKind::linear;
     else if (io::is_convertible_float(t.dtype()) && shape.size() == 4)
       info.kind = ModuleKind::conv;
     if (packed && t.dtype() == io::Dtype::U8 && !io::bitsandbytes_type(checkpoint, t.name()).empty()) {
@@ -66,13 +65,12 @@ TargetSelection TargetArguments::select(const Modules& modules) const {
 std::vector<std::string> target_list(const Modules& modules, const std::vector<std::size_t>& selected) {
   std::set<std::string> suffixes, names;
   for (const std::size_t i : selected) {
-    suffixes.emplace(lowrank::detail::last_component(modules.infos[i].name));
+    suffixes.emplace(lowrank::last_component(modules.infos[i].name));
     names.insert(modules.infos[i].name);
   }
   bool exact = true;
   for (const ModuleInfo& m : modules.infos)
-    if (!names.contains(m.name) && suffixes.contains(std::string(lowrank::detail::last_component(m.name))))
-      exact = false;
+    if (!names.contains(m.name) && suffixes.contains(std::string(lowrank::last_component(m.name)))) exact = false;
   const auto& chosen = exact ? suffixes : names;
   return {chosen.begin(), chosen.end()};
 }

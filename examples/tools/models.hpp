@@ -138,7 +138,7 @@ template <class Rewrite>
   std::uint64_t bytes = 0;
   from.for_each([&](const io::TensorView& t) { bytes += t.bytes().size(); });
   std::size_t left = from.size();
-  Progress progress(common, what, bytes);
+  Progress progress(common, what, from.size(), "tensors", bytes);
   return io::stage_checkpoint(from, output, rewrite, [&](const io::TensorView& t) {
     progress.advance(t.bytes().size(), t.name());
     throw_if_interrupted();

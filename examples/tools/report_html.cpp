@@ -10,6 +10,8 @@
 #include "lowrank/core/version.hpp"
 #include "lowrank/io/file.hpp"
 #include "lowrank/io/json.hpp"
+#include "models.hpp"
+#include "outputs.hpp"
 #include "report_values.hpp"
 
 namespace lowrank::tool {
@@ -103,6 +105,13 @@ Cell metric_cell(const Json& j, const char* key) {
   return {shown(low, "%.3g") + " … " + shown(high, "%.3g"), (low + high) / 2};
 }
 
+/// A number that follows from the noise level; where too much of a matrix is signal to know that, it says so.
+Cell noise_cell(const Json& j, double known) {
+  const auto level = j.find("noise_level");
+  if (std::isfinite(known) || level == j.end() || level->value("determined", true)) return known;
+  return std::string("not determined");
+}
+
 /// The error of the singular values relative to the largest.
 Cell error_cell(const Json& j) {
   const double error = j.value("error", NAN), top = bounds_at(j, "spectral_norm").second;
@@ -163,10 +172,10 @@ std::vector<Column> columns_of(const Json& report) {
       {"edge", "noise or rounding ends here",
        [](const Json& j) -> Cell {
          const double e = edge_of(j);
-         return e > 0 ? e : NAN;
+         return e > 0 ? Cell(e) : noise_cell(j, NAN);
        }},
       {"above", "singular values above the Gavish–Donoho threshold",
-       [](const Json& j) -> Cell { return number_at(j, "noise_level", "optimal_rank"); }},
+       [](const Json& j) -> Cell { return noise_cell(j, number_at(j, "noise_level", "optimal_rank")); }},
       {"error", "bound on the error of a singular value / σ₁", error_cell}};
   const Json& list = report.at("matrices");
   if (std::any_of(list.begin(), list.end(), [](const Json& j) { return j.contains("alignment"); })) {
@@ -230,7 +239,10 @@ std::string methods_of(const Json& r) {
          "that follow; a metric that the values computed do not determine is shown as its two bounds. Ranks stand "
          "beside those of iid noise of the same shape (Marchenko–Pastur); thresholds are "
          "Gavish and Donoho's (arXiv 1305.5870); the "
-         "edge of a difference of 16-bit checkpoints is that of their rounding. r₉₀ alone says little: noise of "
+         "edge of a difference of 16-bit checkpoints is that of their rounding, any other is estimated from the median "
+         "of the "
+         "singular values: where that lies among the signals, the level of the noise is not determined. r₉₀ alone says "
+         "little: noise of "
          "4096×4096 has r₉₀ = 2089.";
 }
 
@@ -338,6 +350,8 @@ void run(const Options& o) {
       throw IoError(path, "is the report of another command than the first");
   }
   for (const std::string& input : o.inputs) expect_different(input, o.output);
+  expect_writable(o.output);
+  remove_leftovers(o.common, {o.output});
   throw_if_interrupted();
   const Finishing finishing;
   Pictures pictures;
@@ -359,7 +373,7 @@ void add_report(CLI::App& app) {
   sub->add_option("reports", o->inputs, "JSON files of spectrum, intruders or compare")->required();
   sub->add_option("-o,--output", o->output, "The page")->required();
   sub->callback([o] {
-    if (o->output == "-") throw UsageError("report writes a file, not stdout");
+    if (o->output == "-") throw UsageError("report: this writes a file, not stdout");
     run(*o);
   });
 }

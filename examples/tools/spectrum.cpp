@@ -51,53 +51,70 @@ double cost(Index m, Index n, const SpectrumOptions& o) {
   return one * (o.side_by_side ? 3 : 1) + 40 * big * small * double(o.alignment);
 }
 
+// ---- plan -----------------------------------------------------------------------------------------------------------
+
+/// The inputs, and what is to be done with them. Jobs refer to it: it stays where it is.
+struct Plan : ScanPlan {
+  io::Checkpoint checkpoint;
+  std::optional<io::Checkpoint> base;
+  std::optional<io::PeftAdapter> adapter;
+  std::vector<MatrixTensor> all, base_list;
+
+  explicit Plan(const Options& o) : checkpoint(checkpoint_path(o.checkpoint)) {}
+};
+
+void plan_weights(const Options& o, Plan& p) {
+  for (const auto& w : p.all)
+    if (selected(w.name, o.filter))
+      p.jobs.push_back(
+          {w.name, w.bytes(), cost(w.rows, w.cols, o.spectrum), [&o, &w] { return weight_entry(w, o.spectrum); }});
+}
+
+void plan_differences(const Options& o, Plan& p) {
+  p.base.emplace(checkpoint_path(o.base));
+  std::vector<Skipped> same_again;  // what both hold is skipped once
+  p.base_list = matrices_of(*p.base, same_again);
+  for (const MatrixPair& pair : pairs_of(p.all, p.base_list, "the base", o.filter, p.skipped))
+    p.jobs.push_back({pair.first->name, pair.bytes(), cost(pair.first->rows, pair.first->cols, o.spectrum),
+                      [&o, pair] { return difference_entry(pair, o.spectrum); }});
+}
+
+void plan_updates(const Options& o, Plan& p) {
+  p.adapter.emplace(io::read_peft(o.adapter));
+  note_dora(o.scan.common, o.adapter, *p.adapter);
+  p.names = names_of(p.adapter->modules);
+  for (const ModulePair& pair : pairs_of(*p.adapter, p.all, o.filter, p.skipped)) {
+    const auto& f = pair.module->factors;
+    const Index m = f.out_features(), n = f.in_features();
+    const bool dense = o.spectrum.side_by_side || o.spectrum.alignment > 0;
+    p.jobs.push_back({pair.module->name, pair.weight->bytes() + 1,
+                      double(m + n) * double(f.rank()) * double(f.rank()) + (dense ? cost(m, n, o.spectrum) : 0),
+                      [&o, pair] { return adapter_entry(pair, o.spectrum); }});
+  }
+}
+
+void make_plan(const Options& o, Plan& p) {
+  p.all = matrices_of(p.checkpoint, p.skipped);
+  p.names = names_of(p.all);
+  if (!o.base.empty())
+    plan_differences(o, p);
+  else if (!o.adapter.empty())
+    plan_updates(o, p);
+  else
+    plan_weights(o, p);
+  p.fingerprint = fingerprint({o.checkpoint, o.base, o.adapter},
+                              text("spectrum top ", o.spectrum.top, " alignment ", o.spectrum.alignment,
+                                   o.spectrum.values ? " values" : "", o.spectrum.side_by_side ? " sides" : "",
+                                   o.base.empty() ? "" : " base", o.adapter.empty() ? "" : " adapter"));
+  expect_something(o.adapter.empty() ? o.checkpoint : o.adapter, o.filter, p);
+  note_quantised(o.scan.common, {&p.all, &p.base_list});
+}
+
 void run(const Options& o) {
   o.scan.check({o.checkpoint, o.base, o.adapter});
-  if (!o.base.empty() && !o.adapter.empty()) throw UsageError("--base and --adapter do not go together");
-  if (o.base.empty() && o.adapter.empty()) {
-    if (o.spectrum.side_by_side) throw UsageError("--side-by-side needs --base or --adapter");
-    if (o.spectrum.alignment > 0) throw UsageError("--alignment needs --base or --adapter");
-  }
-  const io::Checkpoint checkpoint(checkpoint_path(o.checkpoint));
-  std::vector<Skipped> skipped;
-  const auto all = matrices_of(checkpoint, skipped);
-  std::vector<std::string> names = names_of(all);
-  std::vector<ScanJob> jobs;
-  std::optional<io::Checkpoint> base;
-  std::vector<MatrixTensor> base_list;
-  std::optional<io::PeftAdapter> adapter;
-  if (!o.base.empty()) {
-    base.emplace(checkpoint_path(o.base));
-    std::vector<Skipped> same_again;  // what both hold is skipped once
-    base_list = matrices_of(*base, same_again);
-    for (const MatrixPair& p : pairs_of(all, base_list, "the base", o.filter, skipped))
-      jobs.push_back({p.first->name, p.bytes(), cost(p.first->rows, p.first->cols, o.spectrum),
-                      [&o, p] { return difference_entry(p, o.spectrum); }});
-  } else if (!o.adapter.empty()) {
-    adapter.emplace(io::read_peft(o.adapter));
-    note_dora(o.scan.common, o.adapter, *adapter);
-    names = names_of(adapter->modules);
-    for (const ModulePair& p : pairs_of(*adapter, all, o.filter, skipped)) {
-      const auto& f = p.module->factors;
-      const Index m = f.out_features(), n = f.in_features();
-      const bool dense = o.spectrum.side_by_side || o.spectrum.alignment > 0;
-      jobs.push_back({p.module->name, p.weight->bytes() + 1,
-                      double(m + n) * double(f.rank()) * double(f.rank()) + (dense ? cost(m, n, o.spectrum) : 0),
-                      [&o, p] { return adapter_entry(p, o.spectrum); }});
-    }
-  } else {
-    for (const auto& w : all)
-      if (selected(w.name, o.filter))
-        jobs.push_back(
-            {w.name, w.bytes(), cost(w.rows, w.cols, o.spectrum), [&o, &w] { return weight_entry(w, o.spectrum); }});
-  }
-  expect_something(o.adapter.empty() ? o.checkpoint : o.adapter, o.filter, jobs.size(), names, skipped);
-  note_quantised(o.scan.common, {&all, &base_list});
-  const std::string settings = lowrank::detail::text(
-      "spectrum top ", o.spectrum.top, " alignment ", o.spectrum.alignment, o.spectrum.values ? " values" : "",
-      o.spectrum.side_by_side ? " sides" : "", o.base.empty() ? "" : " base", o.adapter.empty() ? "" : " adapter");
-  auto result = run_scan(o.scan, "spectrum", fingerprint({o.checkpoint, o.base, o.adapter}, settings), jobs);
-  result.skipped.insert(result.skipped.end(), skipped.begin(), skipped.end());
+  Plan plan(o);
+  make_plan(o, plan);
+  ScanResult result = run_scan(o.scan, "spectrum", plan);
   const std::string table = table_text(result);
   finish_scan(o.scan, std::move(result),
               {{"command", "spectrum"},
@@ -118,7 +135,7 @@ void add_spectrum(CLI::App& app) {
   sub->add_option("--adapter", o->adapter, "Analyse the updates of this PEFT adapter, which fits CHECKPOINT");
   sub->add_option("--top", o->spectrum.top,
                   "Only the largest K singular values; metrics then have bounds instead of values")
-      ->check(positive());
+      ->check(count());
   sub->add_option("--filter", o->filter, "Only matrices whose name contains this");
   sub->add_flag("--values", o->spectrum.values, "Write all singular values too");
   sub->add_flag("--side-by-side", o->spectrum.side_by_side,
@@ -127,9 +144,20 @@ void add_spectrum(CLI::App& app) {
          "--alignment", o->spectrum.alignment,
          "With --base or --adapter: amplification factor, and the update's energy along the weight's leading K "
          "directions")
-      ->check(positive());
+      ->check(count());
   o->scan.add_to(sub);
-  sub->callback([o] { run(*o); });
+  sub->callback([o, sub] {
+    if (!o->base.empty() && !o->adapter.empty()) throw UsageError("spectrum: --base and --adapter do not go together");
+    const bool update = !o->base.empty() || !o->adapter.empty(), sides = o->spectrum.side_by_side;
+    const std::string alone = "without --base or --adapter", of_updates = "it is about updates";
+    expect_used(sub, {{"--side-by-side", update, alone, of_updates},
+                      {"--alignment", update, alone, of_updates},
+                      {"--top", o->adapter.empty() || sides, "with --adapter",
+                       "its values come from its factors, all of them; --side-by-side has others"},
+                      {"--values", !o->scan.json.empty(), "without --json", "the other outputs do not hold them"}});
+    o->scan.expect_all_used(sub);
+    run(*o);
+  });
 }
 
 const Registration registration{60, "spectrum", add_spectrum};

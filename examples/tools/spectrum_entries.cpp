@@ -227,11 +227,11 @@ Json difference_of(const MatrixTensor& tuned, const MatrixTensor& base, const Sp
   j["dtype"] = tuned.stored_as();
   say_storage(j, {{"scale", &tuned}, {"base_scale", &base}});
   if (const int a = tuned.quantised_bits(), b = base.quantised_bits(); a != b)
-    j["note"] = lowrank::detail::text("one side is stored in ",
-                                      a == 0   ? b
-                                      : b == 0 ? a
-                                               : std::min(a, b),
-                                      " bits: the difference holds the error of that storage");
+    j["note"] = text("one side is stored in ",
+                     a == 0   ? b
+                     : b == 0 ? a
+                              : std::min(a, b),
+                     " bits: the difference holds the error of that storage");
   Json sides = Json::object();
   if (o.side_by_side) add_sides<T>(sides, W0.view(), W.view(), o);
   // Roundings of their own on either side: variances add, each of its own type. The bound of the sum is built from row
@@ -275,7 +275,7 @@ void add_weight(Json& j, const ModulePair& pair, const SpectrumOptions& o) {
     gemm(f.scale, f.B.view(), f.A.view(), tuned.view(), Update::accumulate);
     // r products and the sum, each element's roundings relative to the parts.
     const double eps = double(std::numeric_limits<T>::epsilon()), r = double(f.rank());
-    const auto norm = [](MatrixView<const T> M) { return std::sqrt(lowrank::detail::squared_norm(M)); };
+    const auto norm = [](MatrixView<const T> M) { return frobenius_norm(M); };
     const double parts = std::abs(double(f.scale)) * norm(f.B.view()) * norm(f.A.view());
     add_sides<T>(j, W, tuned.view(), o, eps * ((r + 2) * parts + norm(std::as_const(tuned).view())));
   }

@@ -9,9 +9,6 @@
 namespace lowrank::tool {
 namespace {
 
-using lowrank::detail::shape_text;
-using lowrank::detail::text;
-
 /// Whether a tensor is a part of a 4-bit weight and none itself.
 bool is_packed_part(const io::Checkpoint& checkpoint, const std::string& name) {
   for (const char* part : {".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"})
@@ -62,11 +59,11 @@ std::vector<MatrixTensor> matrices_of(const io::Checkpoint& checkpoint, std::vec
     if (!io::bitsandbytes_type(checkpoint, name).empty()) {
       list.push_back(packed(checkpoint, t));
     } else if (s.size() < 2) {
-      skipped.push_back({name, "has fewer than two dimensions"});
+      skipped.push_back({name, SkipReason::vector, "has fewer than two dimensions"});
     } else if (!int8 && !io::is_convertible_float(t.dtype())) {
-      skipped.push_back({name, "is stored as " + std::string(io::dtype_name(t.dtype()))});
+      skipped.push_back({name, SkipReason::type, "is stored as " + std::string(io::dtype_name(t.dtype()))});
     } else if (t.size() == 0) {
-      skipped.push_back({name, "is empty"});
+      skipped.push_back({name, SkipReason::empty, "is empty"});
     } else {
       const Storage storage = int8                       ? Storage::bitsandbytes8
                               : io::is_float8(t.dtype()) ? Storage::float8
@@ -83,7 +80,7 @@ std::vector<MatrixTensor> matrices_of(const io::Checkpoint& checkpoint, std::vec
   });
   const auto again = std::unique(list.begin(), list.end(), [&](const auto& a, const auto& b) {
     if (a.name == b.name)
-      skipped.push_back({b.name, "is the name of a tensor and of a slice of " + b.tensor.name(), true});
+      skipped.push_back({b.name, SkipReason::twice, "is the name of a tensor and of a slice of " + b.tensor.name()});
     return a.name == b.name;
   });
   list.erase(again, list.end());
@@ -105,9 +102,9 @@ const MatrixTensor* partner_of(const MatrixTensor& x, const std::vector<MatrixTe
   const MatrixTensor* y = find_matrix(list, x.name);
   const bool readable = x.problem.empty() && (y == nullptr || y->problem.empty());  // else the shape is not known
   if (y == nullptr)
-    skipped.push_back({x.name, "is not in " + where, true});
+    skipped.push_back({x.name, SkipReason::missing, "is not in " + where});
   else if (readable && (y->rows != x.rows || y->cols != x.cols))
-    skipped.push_back({x.name, shapes(x.rows, x.cols, y->rows, y->cols, where), true});
+    skipped.push_back({x.name, SkipReason::shape, shapes(x.rows, x.cols, y->rows, y->cols, where)});
   else
     return y;
   return nullptr;
@@ -121,7 +118,7 @@ std::vector<MatrixPair> pairs_of(const std::vector<MatrixTensor>& first, const s
       if (const auto* y = partner_of(x, second, where, skipped)) pairs.push_back({&x, y});
   for (const auto& y : second)
     if (selected(y.name, filter) && find_matrix(first, y.name) == nullptr)
-      skipped.push_back({y.name, "is only in " + where, true});
+      skipped.push_back({y.name, SkipReason::missing, "is only in " + where});
   return pairs;
 }
 
@@ -135,12 +132,11 @@ std::vector<ModulePair> pairs_of(const io::PeftAdapter& adapter, const std::vect
     Index m = module.factors.out_features(), n = module.factors.in_features();
     if (transposed) std::swap(m, n);
     if (w == nullptr)
-      skipped.push_back({module.name, "the adapter's module is not in the checkpoint", true});
+      skipped.push_back({module.name, SkipReason::missing, "the adapter's module is not in the checkpoint"});
     else if (w->problem.empty() && (w->rows != m || w->cols != n))
       skipped.push_back(
-          {module.name,
-           text("the adapter's update of it is ", shape_text(m, n), ", the weight ", shape_text(w->rows, w->cols)),
-           true});
+          {module.name, SkipReason::shape,
+           text("the adapter's update of it is ", shape_text(m, n), ", the weight ", shape_text(w->rows, w->cols))});
     else
       pairs.push_back({&module, w, transposed});
   }
@@ -158,37 +154,22 @@ std::vector<std::pair<const io::AdapterModule*, const io::AdapterModule*>> pairs
     const auto* y = second.find(x.name);
     const auto &f = x.factors, &g = y != nullptr ? y->factors : f;
     if (y == nullptr)
-      skipped.push_back({x.name, "is not in " + where, true});
+      skipped.push_back({x.name, SkipReason::missing, "is not in " + where});
     else if (g.out_features() != f.out_features() || g.in_features() != f.in_features())
-      skipped.push_back(
-          {x.name, shapes(f.out_features(), f.in_features(), g.out_features(), g.in_features(), where), true});
+      skipped.push_back({x.name, SkipReason::shape,
+                         shapes(f.out_features(), f.in_features(), g.out_features(), g.in_features(), where)});
     else
       pairs.emplace_back(&x, y);
   }
   for (const auto& y : second.modules)
     if (selected(y.name, filter) && first.find(y.name) == nullptr)
-      skipped.push_back({y.name, "is only in " + where, true});
+      skipped.push_back({y.name, SkipReason::missing, "is only in " + where});
   return pairs;
 }
 
 bool is_adapter(const std::string& path) {
   std::error_code ignored;
   return std::filesystem::exists(std::filesystem::path(path) / "adapter_config.json", ignored);
-}
-
-void expect_something(const std::string& path, const std::string& filter, std::size_t jobs,
-                      const std::vector<std::string>& names, const std::vector<Skipped>& skipped) {
-  if (jobs > 0) return;
-  const bool faults = std::any_of(skipped.begin(), skipped.end(), [](const Skipped& s) { return s.fault; });
-  if (faults) return;  // which the report lists
-  if (filter.empty()) {
-    if (skipped.empty()) throw IoError(path, "holds no matrices");
-    return;
-  }
-  std::string some;
-  for (std::size_t i = 0; i < std::min<std::size_t>(names.size(), 3); ++i) some += (i > 0 ? ", " : "") + names[i];
-  throw IoError(path, text("--filter ", filter, " matches none of its ", names.size(), " names",
-                           names.empty() ? std::string() : ": " + some, names.size() > 3 ? ", ..." : ""));
 }
 
 void say_storage(Json& j, std::initializer_list<std::pair<const char*, const MatrixTensor*>> matrices) {

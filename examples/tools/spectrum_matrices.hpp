@@ -12,10 +12,28 @@
 
 namespace lowrank::tool {
 
-/// A tensor left out, and why.
+/// Why something was left out. What is no matrix is left out of any scan; the rest are faults: the inputs do not fit
+/// each other, or a matrix could not be analysed.
+enum class SkipReason {
+  vector,       ///< fewer than two dimensions
+  type,         ///< stored as what is no number to analyse
+  empty,        ///< no elements
+  twice,        ///< one name for two matrices
+  missing,      ///< one side lacks it
+  shape,        ///< another shape on the other side
+  unsupported,  ///< an adapter that the command cannot judge
+  failed        ///< NaN, a damaged description
+};
+
+/// A tensor left out, and why, for the program and for a reader.
 struct Skipped {
-  std::string name, reason;
-  bool fault = false;  ///< true: the inputs do not fit each other, exit code 1 in the end
+  std::string name;
+  SkipReason why;
+  std::string reason;
+  /// Whether the exit code is to be 1 for it.
+  [[nodiscard]] bool is_fault() const {
+    return why != SkipReason::vector && why != SkipReason::type && why != SkipReason::empty;
+  }
 };
 
 /// One matrix of a checkpoint: a tensor of two dimensions, one of more with all but the first folded, or a slice of a
@@ -87,9 +105,6 @@ std::vector<std::pair<const io::AdapterModule*, const io::AdapterModule*>> pairs
 /// Whether a path is a PEFT adapter's directory.
 bool is_adapter(const std::string& path);
 
-/// Throws when a scan has nothing to do: a filter that matches nothing, a checkpoint without matrices.
-void expect_something(const std::string& path, const std::string& filter, std::size_t jobs,
-                      const std::vector<std::string>& names, const std::vector<Skipped>& skipped);
 template <class List>
 std::vector<std::string> names_of(const List& list) {
   std::vector<std::string> names;
@@ -112,8 +127,8 @@ void expect_finite(const MatrixTensor& m, const Matrix<T>& values) {
   for (Index i = 0; i < m.rows; ++i)
     for (Index j = 0; j < m.cols; ++j)
       if (!std::isfinite(values(i, j)))
-        throw NonFiniteError(lowrank::detail::text(m.tensor.file().path(), ": '", m.name, "': holds ",
-                                                   double(values(i, j)), " in row ", i, ", column ", j));
+        throw NonFiniteError(text(m.tensor.file().path(), ": '", m.name, "': holds ", double(values(i, j)), " in row ",
+                                  i, ", column ", j));
 }
 
 /// The values of a matrix as T, copied. Throws NonFiniteError naming the first value that is not finite, IoError where

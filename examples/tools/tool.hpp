@@ -13,16 +13,25 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
-#include <chrono>
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include "common/progress.hpp"
+#include "common/text.hpp"
 
 namespace lowrank::tool {
 
+using common::shape_text;
+using common::size_text;
+using common::text;
+using common::time_text;
 using Json = nlohmann::ordered_json;
 
 /// Options that do not go together, found only after parsing: exit code 2, like a misspelt option.
@@ -39,10 +48,26 @@ struct Common {
 /// Adds a subcommand with --json and --quiet.
 CLI::App* add_command(CLI::App& app, const std::string& name, const std::string& description, Common& common);
 
-/// Checks of an option's number, NaN and what no integer holds refused: above 0; 0 or more; from `low` to `high`.
+/// Checks of an option's number, NaN and what no integer holds refused: above 0; 0 or more; from `low` to `high`; any
+/// but infinity.
 CLI::Validator positive();
 CLI::Validator not_negative();
 CLI::Validator between(double low, double high);
+CLI::Validator finite_number();
+/// Of a whole number: from `low` to `high`; of a seed, whatever 64 bits hold; of a rank or a count, from 1.
+CLI::Validator whole(std::uint64_t low, std::uint64_t high);
+CLI::Validator seed();
+CLI::Validator count();
+
+/// An option that counts in some modes only: whether it does in this one; what the mode is, "with --method cat"; and a
+/// sentence on what it is for.
+struct Use {
+  const char* option;
+  bool used;
+  std::string mode, users;
+};
+/// **Throws** UsageError for an option that was given and has no use: nothing a user said is ignored.
+void expect_used(const CLI::App* sub, std::initializer_list<Use> uses);
 
 /// Makes a subcommand known to main(). `order` is its place in the help.
 class Registration {
@@ -56,26 +81,24 @@ void print(const Common& common, const Json& report, const std::string& text);
 /// A line on stderr that a person may want to see; dropped with --quiet.
 void note(const Common& common, const std::string& line);
 
-/// "13.5 GB", "4.0 KB".
-std::string size_text(std::uint64_t bytes);
-/// "1:05", "0.8 s".
-std::string time_text(double seconds);
-
-/// A bar on stderr, when that is a terminal: done/total, rate, time left, and what is being worked on.
+/// A bar on stderr, when that is a terminal: count, rate, time left, and what is being worked on.
 class Progress {
  public:
-  Progress(const Common& common, std::string what, std::uint64_t total_bytes);
-  Progress(const Progress&) = delete;
-  ~Progress();
-  /// `bytes` more are done; `current` names what comes next or was just finished.
-  void advance(std::uint64_t bytes, const std::string& current);
-  [[nodiscard]] double seconds() const;
+  /// `items` of `item_name` ("tensors") will be done, which hold so many bytes.
+  Progress(const Common& common, std::string what, std::uint64_t items, std::string item_name,
+           std::uint64_t total_bytes)
+      : bar_({.label = std::move(what),
+              .items = items,
+              .item_name = std::move(item_name),
+              .work = std::max<std::uint64_t>(total_bytes, 1),
+              .quiet = common.quiet}) {}
+  /// One more is done, of so many bytes; `current` names it.
+  void advance(std::uint64_t bytes, const std::string& current) { bar_.update(++items_, bytes_ += bytes, current); }
+  [[nodiscard]] double seconds() const { return bar_.seconds(); }
 
  private:
-  std::string what_;
-  std::uint64_t total_, done_ = 0;
-  bool visible_;
-  std::chrono::steady_clock::time_point start_, last_;
+  common::Progress bar_;
+  std::uint64_t items_ = 0, bytes_ = 0;
 };
 
 }  // namespace lowrank::tool

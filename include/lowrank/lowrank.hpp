@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The umbrella: everything public that needs the standard library and Eigen alone; what lies in a detail/ folder is
-// nobody's to include. Convenient for a first try; including what you use compiles several times faster
-// (docs/compile-cost.md). Not in here, because each needs a library of its own: lowrank/io/*.hpp (nlohmann_json),
+// The umbrella: everything public that needs the standard library alone; what lies in a detail/ folder is nobody's to
+// include. Convenient for a first try; including what you use compiles several times faster (docs/compile-cost.md).
+// Not in here, because each needs a library of its own: lowrank/eigen.hpp, lowrank/io/*.hpp (nlohmann_json),
 // lowrank/xtensor.hpp, lowrank/torch.hpp, lowrank/mpi.hpp.
 #pragma once
 
-#include "lowrank/eigen.hpp"
 #include "lowrank/core/balance.hpp"
 #include "lowrank/core/errors.hpp"
 #include "lowrank/core/factor_scalar.hpp"
@@ -28,6 +27,7 @@
 #include "lowrank/linalg/lanczos_measure.hpp"
 #include "lowrank/linalg/linear_operator.hpp"
 #include "lowrank/linalg/minor_svd.hpp"
+#include "lowrank/linalg/norm.hpp"
 #include "lowrank/linalg/operators.hpp"
 #include "lowrank/linalg/qr.hpp"
 #include "lowrank/linalg/singular_values.hpp"
@@ -82,6 +82,7 @@
 #include "lowrank/adapter/combine_sparse.hpp"
 #include "lowrank/adapter/dora.hpp"
 #include "lowrank/adapter/dora_merge.hpp"
+#include "lowrank/adapter/dropout.hpp"
 #include "lowrank/adapter/embedding.hpp"
 #include "lowrank/adapter/extract.hpp"
 #include "lowrank/adapter/factor_parameters.hpp"

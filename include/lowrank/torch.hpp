@@ -63,6 +63,12 @@ MatrixView<T> torch_view(const at::Tensor& t) {
   const Collapsed c = collapse("view_of(Tensor)", "copy it first (.contiguous())", t.sizes(), t.strides());
   return {static_cast<T*>(t.data_ptr()), c.rows, c.cols, c.row_stride, c.col_stride};
 }
+template <class T>
+MatrixView<T> unambiguous_view(const at::Tensor& t) {
+  const MatrixView<T> v = torch_view<T>(t);
+  expect_unambiguous("view_of(Tensor)", ".flatten(0, -2)", ".flatten(1)", t.sizes());
+  return v;
+}
 
 }  // namespace detail
 
@@ -71,19 +77,22 @@ MatrixView<T> torch_view(const at::Tensor& t) {
 /// A tensor's type is known at run time, so T is named; bf16 and f16 look at torch.bfloat16 and torch.float16. A
 /// `const at::Tensor&` gives a read-only view. Autograd and its version counters do not see what is written through
 /// one.
-/// **Shapes** a tensor of shape [d₀, …, dₙ, in] is the matrix (d₀·…·dₙ)×in, tokens in row-major order of the leading
-/// indices; a 1-D tensor is one row. Two dimensions may be transposed, and rows may lie any distance apart.
+/// **Shapes** a tensor of shape [batch, tokens, in] is the matrix (batch·tokens)×in, in row-major order of the leading
+/// indices; a 1-D tensor is one row. Two dimensions may be transposed, and rows may lie any distance apart. Above three
+/// dimensions `.flatten(0, -2)` makes tokens of it, `.flatten(1)` a convolution's weight out×(in·kh·kw), as files fold
+/// it; one of three dimensions (Conv1d) needs the latter too.
 /// **Throws** ArgumentError for a tensor that is undefined, not on the CPU, not strided, of another dtype, lazily
-/// negated, or that requires a gradient while gradients are recorded; ShapeError for a 0-D tensor, for leading
+/// negated, or that requires a gradient while gradients are recorded; ShapeError for a 0-D tensor, for one of more than
+/// three dimensions, for leading
 /// dimensions that are not evenly spaced, and for strides of which none is 1 or that make elements share memory
 /// (.expand()). **Cost** O(1).
 template <TorchScalar T>
 MatrixView<T> view_of(at::Tensor& t) {
-  return detail::torch_view<T>(t);
+  return detail::unambiguous_view<T>(t);
 }
 template <TorchScalar T>
 MatrixView<const T> view_of(const at::Tensor& t) {
-  return detail::torch_view<const T>(t);
+  return detail::unambiguous_view<const T>(t);
 }
 
 /// A temporary tensor passed as a view. Name it, then pass it. Some temporaries share the memory of a tensor that lives
@@ -174,7 +183,7 @@ struct TorchFunction : ::torch::autograd::Function<TorchFunction<Layer>> {
   static at::Tensor forward(Context* context, const std::shared_ptr<TorchLayerState<Layer>>& state, Phase phase,
                             const at::Tensor& x, at::TensorList parameters) {
     const at::Tensor rows = as_rows(x);
-    const MatrixView<const T> X = view_of<T>(rows);
+    const MatrixView<const T> X = torch_view<const T>(rows);
     const Layer& layer = state->layer;
     expect_shape("TorchLayer::forward", "x", X.rows(), X.cols(), X.rows(), layer.in_features());
     auto sizes = x.sizes().vec();
@@ -185,7 +194,7 @@ struct TorchFunction : ::torch::autograd::Function<TorchFunction<Layer>> {
     pass->state = state;
     pass->phase = phase;
     if (phase == Phase::train) pass->ws.call = state->calls++;
-    layer.forward(X, view_of<T>(y), pass->ws, phase);
+    layer.forward(X, torch_view<T>(y), pass->ws, phase);
     // The parameters are saved for their version counters: an optimizer step before backward is then an error, not a
     // wrong gradient.
     ::torch::autograd::variable_list saved(parameters.begin(), parameters.end());
@@ -205,14 +214,14 @@ struct TorchFunction : ::torch::autograd::Function<TorchFunction<Layer>> {
       const at::NoGradGuard no_grad;
       const at::Tensor& x = saved.back();
       const at::Tensor g = as_rows(outputs[0]);
-      const MatrixView<const T> X = view_of<T>(x), G = view_of<T>(g);
+      const MatrixView<const T> X = torch_view<const T>(x), G = torch_view<const T>(g);
       TorchLayerState<Layer>& state = *pass->state;
       const std::lock_guard<std::mutex> lock(state.backward);
       if (pass->ws.masked && pass->ws.tokens < 0) restore(*pass, X);
       const BackwardOptions assign{.gradients = Update::assign, .dx = Update::assign};
       if (wants_dx) {
         at::Tensor dx = at::empty(x.sizes(), x.options());
-        state.layer.backward(X, G, pass->ws, view_of<T>(dx), assign);
+        state.layer.backward(X, G, pass->ws, torch_view<T>(dx), assign);
         gradients[before] = dx;
       } else {
         state.layer.backward(X, G, pass->ws, assign);

@@ -1,19 +1,21 @@
-# What every header of the library keeps to, checked on the text: cmake -DINCLUDE=include/lowrank -P house_rules.cmake
+# What every header of the library keeps to, and what nobody else does, checked on the text: cmake -DROOT=. -P house_rules.cmake
 cmake_minimum_required(VERSION 3.20)
+set(INCLUDE ${ROOT}/include/lowrank)
 file(GLOB_RECURSE headers RELATIVE ${INCLUDE} ${INCLUDE}/*.hpp)
 if(NOT headers)
   message(FATAL_ERROR "no headers in ${INCLUDE}")
 endif()
-# Dependencies point one way. A folder may include itself and what stands before it.
+# Dependencies point one way, as docs/design.md has it: core <- linalg <- {quant, spectrum} <- init <- adapter <- {model, optim} <- io.
+# A folder may include itself and what stands before it; of those in braces neither sees the other. No folder names a front end.
 set(core_may core)
-set(linalg_may core linalg)
-set(quant_may core linalg quant)
-set(spectrum_may core linalg spectrum)
-set(init_may core linalg quant spectrum init)
-set(optim_may core linalg adapter optim)
-set(adapter_may core linalg quant spectrum init adapter)
-set(model_may core linalg quant spectrum init adapter optim io model)
-set(io_may core linalg quant spectrum init adapter optim model io)
+set(linalg_may ${core_may} linalg)
+set(quant_may ${linalg_may} quant)
+set(spectrum_may ${linalg_may} spectrum)
+set(init_may ${linalg_may} quant spectrum init)
+set(adapter_may ${init_may} adapter)
+set(model_may ${adapter_may} model)
+set(optim_may ${adapter_may} optim)
+set(io_may ${adapter_may} model optim io)
 set(broken 0)
 function(complain header text)
   message(SEND_ERROR "${header}: ${text}")
@@ -72,10 +74,10 @@ foreach(header IN LISTS headers)
   endif()
 endforeach()
 
-# The umbrella holds every public header that stands on Eigen alone.
+# The umbrella holds every public header that needs no other library.
 file(READ ${INCLUDE}/lowrank.hpp umbrella)
 foreach(header IN LISTS headers)
-  if(NOT header MATCHES "^(io/.*|.*/detail/.*|lowrank\\.hpp|xtensor\\.hpp|torch\\.hpp|mpi\\.hpp)$")
+  if(NOT header MATCHES "^(io/.*|.*/detail/.*|lowrank\\.hpp|eigen\\.hpp|xtensor\\.hpp|torch\\.hpp|mpi\\.hpp)$")
     string(FIND "${umbrella}" "#include \"lowrank/${header}\"" at)
     if(at EQUAL -1)
       complain(${header} "is not in lowrank.hpp; run .ci/umbrella")
@@ -85,6 +87,27 @@ foreach(header IN LISTS headers)
     if(NOT at EQUAL -1)
       complain(${header} "is internal and in lowrank.hpp; run .ci/umbrella")
     endif()
+  endif()
+endforeach()
+
+# Internals are the library's. Examples, benchmarks and pages do without; a test may name those of the area it is named after,
+# because some are what it tests. Comments and strings count: what cannot be used need not be spoken of.
+set(benchmarks_of_internals quantise singular_values)  # they time one internal path against another
+file(GLOB_RECURSE outside RELATIVE ${ROOT} ${ROOT}/examples/*.cpp ${ROOT}/examples/*.hpp ${ROOT}/benchmarks/*.cpp ${ROOT}/tests/*.cpp
+     ${ROOT}/tests/*.hpp ${ROOT}/docs/*.md)
+list(APPEND outside README.md)
+foreach(file IN LISTS outside)
+  if(file MATCHES "^tests/(core|linalg|quant|spectrum|init|adapter|model|optim|io|torch|fuzz)/")
+    continue()
+  elseif(file MATCHES "^benchmarks/(.*)\\.cpp$" AND CMAKE_MATCH_1 IN_LIST benchmarks_of_internals)
+    continue()
+  endif()
+  file(READ ${ROOT}/${file} text)
+  string(REPLACE "CLI::detail::" "" text "${text}")
+  if(text MATCHES "([a-z_:]*detail::[A-Za-z_]*)")
+    complain(${file} "names ${CMAKE_MATCH_1}, which is the library's own")
+  elseif(text MATCHES "#include [<\"](lowrank/[a-z_/]*detail/[a-z_]*)")
+    complain(${file} "includes ${CMAKE_MATCH_1}, which is the library's own")
   endif()
 endforeach()
 if(broken)

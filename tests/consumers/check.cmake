@@ -1,6 +1,6 @@
 # Our warnings, optimisation and sanitizers are ours: a user's target gets include paths, C++20 and libraries, no flags.
 # Nor do our tests, examples and build type come along.
-foreach(target lowrank::lowrank lowrank::io lowrank::xtensor lowrank::mpi lowrank::torch)
+foreach(target lowrank::lowrank lowrank::eigen lowrank::io lowrank::xtensor lowrank::mpi lowrank::torch)
   if(TARGET ${target})
     foreach(property COMPILE_OPTIONS LINK_OPTIONS COMPILE_DEFINITIONS)
       get_target_property(value ${target} INTERFACE_${property})

@@ -27,10 +27,18 @@ inline unsigned nearest(const Codebook& book, float x) {
     for (const float t : kernel) code += x > t;
     return code;
   }
+  if (book.name() == "fp4") {  // ascending; a value on a midpoint goes down, and what is above zero to the second zero
+    static const unsigned ascending[] = {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3};
+    unsigned rank = 0;
+    for (unsigned k = 0; k + 1 < 16; ++k) {
+      const double low = double(book.values()[ascending[k]]), high = double(book.values()[ascending[k + 1]]);
+      rank += x > float((low + high) / 2);
+    }
+    return ascending[rank];
+  }
   unsigned best = 0;
   for (unsigned c = 1; c < unsigned(book.values().size()); ++c) {
-    if (book.name() == "fp4" && c == 8) continue;  // the second zero is never written
-    if (c >= unsigned(book.levels()) && book.name() != "fp4") continue;
+    if (c >= unsigned(book.levels())) continue;
     const double a = double(book.values()[best]), b = double(book.values()[c]);
     if (a == b) continue;
     const auto middle = float((a + b) / 2);
@@ -63,7 +71,7 @@ inline void table_block(const Codebook& book, const float* x, Index n, Quantised
   const volatile float inverse = 1.0F / a;
   for (Index i = 0; i < n; ++i) {
     const volatile float scaled = std::isfinite(inverse) ? x[i] * inverse : x[i] / a;
-    const unsigned c = a == 0 ? 0 : nearest(book, scaled);
+    const unsigned c = nearest(book, a == 0 ? 0.0F : float(scaled));
     out.codes.push_back(c);
     out.values.push_back(book.values()[c] * a);
   }

@@ -2,10 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes tests/quant/data/bitsandbytes.txt: quantisation as the source of bitsandbytes' "default" backend reads.
 
-Not made with the package, which was not at hand: these figures are a second reading of its published source, and agreement with
-them is agreement of two readings. Slow and obvious on purpose, in numpy, sharing nothing with the library: absmax of a block in float32, x * (1 / absmax) in
-float32, the first of the nearest table entries, two codes to a byte with the first in the high nibble, value = table *
-absmax. The scales of compress_statistics likewise, in blocks of 256 on the dynamic map, after subtracting their mean.
+A second reading of its source; tests/peers/bitsandbytes_quantises.py runs the package itself. Slow and obvious on purpose, in numpy, sharing
+nothing with the library: absmax of a block in float32, x * (1 / absmax) in float32, the level below the first midpoint that is not below that
+(of two zeros the first takes zero and less), two codes to a byte with the first in the high nibble, value = table * absmax. The scales of compress_statistics likewise, in blocks of 256 on the dynamic map, after subtracting their mean.
 Input is a hash of the index that the test computes too.
 
     /usr/bin/python3 tests/quant/reference.py
@@ -45,12 +44,11 @@ def quantise(x, table, size):
     for b in blocks(x, size):
         a = f32(np.max(np.abs(b)))
         absmax.append(a)
-        with np.errstate(all='ignore'):
-            scaled = (b * (f32(1) / a)).astype(f32)
+        scaled = b * f32(0) if a == 0 else (b * (f32(1) / a)).astype(f32)
+        order = np.argsort(table, kind='stable')
+        middles = (table[order[:-1]] + table[order[1:]]) / f32(2)
         for s in scaled:
-            # NaN (0 * inf, a block of zeros) compares false with everything: the first entry.
-            d = np.abs(np.float64(s) - table.astype(np.float64))
-            codes.append(0 if np.isnan(s) else int(np.argmin(d)))
+            codes.append(int(order[np.searchsorted(middles, s, side='left')]))
             values.append(f32(table[codes[-1]] * a))
     return np.array(codes), np.array(absmax, f32), np.array(values, f32)
 

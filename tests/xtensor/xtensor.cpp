@@ -189,7 +189,7 @@ TEST_CASE("[batch, sequence, in] reads as (batch·sequence) x in") {
   }
   SUBCASE("four dimensions and dynamic ones") {
     xt::xarray<double> y = xt::arange<double>(2 * 3 * 4 * 5).reshape({2, 3, 4, 5});
-    const auto w = view_of(y);
+    const MatrixView<double> w = lowrank::token_view(y);
     CHECK(w.rows() == 24);
     CHECK(w(17, 3) == y(1, 1, 1, 3));
     CHECK(&w(23, 4) == &y(1, 2, 3, 4));
@@ -201,6 +201,45 @@ TEST_CASE("[batch, sequence, in] reads as (batch·sequence) x in") {
     xt::xarray<float> scalar = 3.0F;
     CHECK_THROWS_AS(view_of(scalar), ShapeError);
   }
+}
+
+TEST_CASE("a convolution's weight is folded as files fold it, or refused with both readings") {
+  const xt::xtensor<float, 4> kernel = xt::arange<float>(8 * 3 * 3 * 3).reshape({8, 3, 3, 3});
+  CHECK_THROWS_WITH_AS(
+      (void)view_of(kernel),
+      "view_of(xtensor): an array of shape (8, 3, 3, 3) may be tokens, 72x3, or a convolution's weight, "
+      "8x27 as files fold it: say which, token_view(x) or weight_view(x)",
+      ShapeError);
+  const MatrixView<const float> w = lowrank::weight_view(kernel);
+  REQUIRE(w.rows() == 8);
+  REQUIRE(w.cols() == 27);
+  for (std::size_t o = 0; o < 8; ++o)
+    for (std::size_t i = 0; i < 3; ++i)
+      for (std::size_t y = 0; y < 3; ++y)
+        for (std::size_t x = 0; x < 3; ++x) CHECK(&w(Index(o), Index(9 * i + 3 * y + x)) == &kernel(o, i, y, x));
+  CHECK(&lowrank::token_view(kernel)(71, 2) == &kernel(7, 2, 2, 2));
+  CHECK(lowrank::token_view(kernel).rows() == 72);
+
+  xt::xarray<double> conv1d = xt::arange<double>(4 * 2 * 5).reshape({4, 2, 5});
+  const MatrixView<double> narrow = lowrank::weight_view(conv1d);
+  CHECK(narrow.cols() == 10);
+  CHECK(&narrow(3, 7) == &conv1d(3, 1, 2));
+  auto some = xt::view(kernel, range(2, 5), all(), all(), all());  // some of the output channels
+  CHECK(&lowrank::weight_view(some)(1, 4) == &kernel(3, 0, 1, 1));
+  auto inputs = xt::view(kernel, all(), range(0, 2), all(), all());
+  CHECK(lowrank::weight_view(inputs).leading_dimension() == 27);
+  CHECK(lowrank::weight_view(inputs).cols() == 18);
+  auto cut = xt::view(kernel, all(), all(), range(0, 2), all());
+  CHECK_THROWS_WITH_AS((void)lowrank::weight_view(cut),
+                       doctest::Contains("the trailing dimensions of an array of shape (8, 3, 2, 3)"), ShapeError);
+  const xt::xtensor<float, 4, xt::layout_type::column_major> turned = kernel;
+  CHECK_THROWS_AS((void)lowrank::weight_view(turned), ShapeError);
+  const xt::xtensor<float, 4> pointwise = xt::ones<float>({6, 4, 1, 1});
+  CHECK(lowrank::weight_view(pointwise).cols() == 4);
+  CHECK(lowrank::weight_view(pointwise).is_contiguous());
+  RowMajor2 plain = xt::ones<float>({3, 4});
+  CHECK(lowrank::weight_view(plain).data() == view_of(plain).data());
+  CHECK(lowrank::weight_view(plain).cols() == 4);
 }
 
 TEST_CASE("strides nobody supports") {

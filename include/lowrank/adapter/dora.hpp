@@ -63,10 +63,11 @@ struct DoraWorkspace {
 /// **Source** Liu et al., "DoRA", arXiv 2402.09353, eq. 5 and §4.3 (the norm as a constant).
 template <Real T, class Base = DenseBase<T>>
 requires FrozenBase<Base, T> && RowReadable<Base, T>
-class DoraLinear : public FactorParameters<T> {
+class DoraLinear : public FactorParameters<T>, public detail::EvaluateOrCastToMatrixOf<T> {
  public:
   using typename FactorParameters<T>::scalar;
   using FactorParameters<T>::A, FactorParameters<T>::B, FactorParameters<T>::rank;
+  using detail::EvaluateOrCastToMatrixOf<T>::forward, detail::EvaluateOrCastToMatrixOf<T>::backward;
 
   /// `magnitude`: m, of out elements; empty starts from the row norms of W + s·B·A.
   DoraLinear(Base base, const LoraFactors<T>& factors, const LoraLinearOptions& options = {},
@@ -191,14 +192,14 @@ class DoraLinear : public FactorParameters<T> {
   static T ratio(const MatrixView<const T>& m, const DoraWorkspace<T>& ws, Index j) {
     return T(double(m(0, j)) / ws.norms.norms[std::size_t(j)]);
   }
-  [[nodiscard]] std::optional<detail::DropoutMask> mask(bool drops, const DoraWorkspace<T>& ws) const {
+  [[nodiscard]] std::optional<DropoutMask> mask(bool drops, const DoraWorkspace<T>& ws) const {
     if (!drops) return std::nullopt;
     return detail::dropout_mask(options_, parameters_, ws.lora);
   }
   void backward_impl(MatrixView<const T> X, MatrixView<const T> G, DoraWorkspace<T>& ws,
                      std::optional<MatrixView<T>> dX, BackwardOptions options) {
     detail::expect_own_pass("DoraLinear::backward", ws.lora, parameters_, out_features(), in_features(), rank());
-    const std::optional<detail::DropoutMask> dropped = mask(ws.lora.masked, ws);
+    const std::optional<DropoutMask> dropped = mask(ws.lora.masked, ws);
     detail::expect_lora_backward<T>("DoraLinear::backward", base_, rank(), X, G, ws.lora, dX, dropped.has_value());
     if (ws.Z.rows() != G.rows() || ws.Z.cols() != G.cols())
       throw ArgumentError(detail::text("DoraLinear::backward: the workspace must hold an output of ",

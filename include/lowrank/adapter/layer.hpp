@@ -47,6 +47,31 @@ struct BackwardOptions {
 
 namespace detail {
 
+template <class Y, class X, class T>
+concept NotBothMatrices = !MatrixOf<X, const T> || !MatrixOf<Y, T>;
+template <class DX, class X, class G, class T>
+concept NotAllMatrices = !std::is_same_v<std::remove_cvref_t<DX>, BackwardOptions> &&
+                         !(MatrixOf<X, const T> && MatrixOf<G, const T> && MatrixOf<DX, T>);
+
+/// What forward and backward of a linear layer must not be given, for the compiler to say so in a line or two: the
+/// overloads that take it are deleted. GCC begins with the name of this class, Clang with the line of the function.
+template <class T>
+class EvaluateOrCastToMatrixOf {
+ public:
+  template <class X, NotBothMatrices<X, T> Y, class W>
+  void forward(X&&, Y&&, W&&, Phase = {}) const = delete;  // MatrixOf<T>: evaluate expressions, cast to scalar T
+  template <class X, NotBothMatrices<X, const T> G, class W>
+  void backward(X&&, G&&, W&&, BackwardOptions = {}) = delete;  // MatrixOf<T>: evaluate expressions, cast to scalar T
+  template <class X, class G, class W, NotAllMatrices<X, G, T> DX>
+  void backward(X&&, G&&, W&&, DX&&, BackwardOptions = {}) = delete;  // MatrixOf<T>: evaluate, cast; dX not const
+
+ protected:
+  ~EvaluateOrCastToMatrixOf() = default;
+  EvaluateOrCastToMatrixOf() = default;
+  EvaluateOrCastToMatrixOf(EvaluateOrCastToMatrixOf&&) noexcept = default;
+  EvaluateOrCastToMatrixOf& operator=(EvaluateOrCastToMatrixOf&&) noexcept = default;
+};
+
 /// What the backward pass of a linear layer asks of its arguments, before it writes: X tokens×in, G tokens×out, and dX,
 /// where there is one, tokens×in and apart from G. **Throws** ShapeError, ArgumentError.
 template <class T>

@@ -10,9 +10,10 @@ namespace lowrank {
 /// Y = X·Wᵀ (+ b), nothing trainable; has LoraLinear's interface so that a model can hold any of them.
 template <Real T, class Base = DenseBase<T>>
 requires FrozenBase<Base, T>
-class FrozenLinear {
+class FrozenLinear : public detail::EvaluateOrCastToMatrixOf<T> {
  public:
   using scalar = T;
+  using detail::EvaluateOrCastToMatrixOf<T>::forward, detail::EvaluateOrCastToMatrixOf<T>::backward;
 
   /// **Throws** ShapeError when the bias does not have out elements.
   explicit FrozenLinear(Base base, std::vector<T> bias = {})
@@ -64,9 +65,10 @@ class FrozenLinear {
 /// Parameters "weight" out×in, a copy of what it was made from, and "bias" 1×out when it has one.
 /// **Cost** forward 2·tokens·out·in flops, backward twice that; dW = Gᵀ·X is formed into the gradient block.
 template <Real T>
-class FullLinear {
+class FullLinear : public detail::EvaluateOrCastToMatrixOf<T> {
  public:
   using scalar = T;
+  using detail::EvaluateOrCastToMatrixOf<T>::forward, detail::EvaluateOrCastToMatrixOf<T>::backward;
 
   /// Starts from W, out×in, copied. **Throws** ShapeError when the bias does not have out elements.
   template <MatrixLike W>

@@ -51,10 +51,11 @@ DropoutMask dropout_mask(const LoraLinearOptions& options, const Parameters<T>& 
 /// flops; no allocation once the workspace has seen the largest batch. **Source** Hu et al., arXiv 2106.09685.
 template <Real T, class Base = DenseBase<T>>
 requires FrozenBase<Base, T>
-class LoraLinear : public FactorParameters<T> {
+class LoraLinear : public FactorParameters<T>, public detail::EvaluateOrCastToMatrixOf<T> {
  public:
   using typename FactorParameters<T>::scalar;
   using FactorParameters<T>::A, FactorParameters<T>::B, FactorParameters<T>::rank;
+  using detail::EvaluateOrCastToMatrixOf<T>::forward, detail::EvaluateOrCastToMatrixOf<T>::backward;
 
   /// **Throws** ShapeError when factors or bias do not fit the base; ArgumentError for rank 0 or above min(out, in), a
   /// scale that is not finite, dropout outside [0, 1) or rounding to none or all.
@@ -118,14 +119,14 @@ class LoraLinear : public FactorParameters<T> {
     if (!train_bias) return {};
     return {{"bias", 1, out}};
   }
-  [[nodiscard]] std::optional<detail::DropoutMask> mask(bool drops, const LoraWorkspace<T>& ws) const {
+  [[nodiscard]] std::optional<DropoutMask> mask(bool drops, const LoraWorkspace<T>& ws) const {
     if (!drops) return std::nullopt;
     return detail::dropout_mask(options_, parameters_, ws);
   }
   void backward_impl(MatrixView<const T> X, MatrixView<const T> G, LoraWorkspace<T>& ws,
                      std::optional<MatrixView<T>> dX, BackwardOptions options) {
     detail::expect_own_pass("LoraLinear::backward", ws, parameters_, out_features(), in_features(), rank());
-    const std::optional<detail::DropoutMask> dropped = mask(ws.masked, ws);
+    const std::optional<DropoutMask> dropped = mask(ws.masked, ws);
     detail::expect_lora_backward<T>("LoraLinear::backward", base_, rank(), X, G, ws, dX, dropped.has_value());
     if (options_.train_bias)
       detail::bias_gradient<T>(G, options.gradients == Update::accumulate, parameters_.gradient(2));

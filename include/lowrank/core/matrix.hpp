@@ -70,6 +70,13 @@ class Buffer {
   Index size_ = 0, capacity_ = 0;
 };
 
+namespace detail {
+[[noreturn, gnu::cold, gnu::noinline]] inline void throw_no_matrix(Index rows, Index cols) {
+  if (rows < 0 || cols < 0) throw ShapeError(text("Matrix: sizes must not be negative, got ", shape_text(rows, cols)));
+  throw ShapeError(text("Matrix: ", shape_text(rows, cols), " elements do not fit in memory"));
+}
+}  // namespace detail
+
 /// An owning row-major matrix without gaps. What functions of the library return; `view_of` it, read it with (i, j), or
 /// include a front end for `as_eigen(m)` / `as_xtensor(m)`.
 template <class T>
@@ -90,10 +97,8 @@ class Matrix {
   /// New shape; contents are unspecified afterwards. Allocates only when it must grow. **Throws** ShapeError on a
   /// negative size or one no memory holds.
   void resize(Index rows, Index cols) {
-    if (rows < 0 || cols < 0)
-      throw ShapeError(detail::text("Matrix: sizes must not be negative, got ", detail::shape_text(rows, cols)));
-    if (cols > 0 && rows > PTRDIFF_MAX / Index(sizeof(T)) / cols)
-      throw ShapeError(detail::text("Matrix: ", detail::shape_text(rows, cols), " elements do not fit in memory"));
+    if (rows < 0 || cols < 0 || (cols > 0 && rows > PTRDIFF_MAX / Index(sizeof(T)) / cols)) [[unlikely]]
+      detail::throw_no_matrix(rows, cols);
     storage_.resize(rows * cols);
     rows_ = rows;
     cols_ = cols;
@@ -101,8 +106,7 @@ class Matrix {
   template <class U>
   void assign(const MatrixView<U>& v) {
     resize(v.rows(), v.cols());
-    for (Index i = 0; i < rows_; ++i)
-      for (Index j = 0; j < cols_; ++j) (*this)(i, j) = static_cast<T>(v(i, j));
+    detail::copy_elements(v, view());
   }
   void set_zero() { std::fill(storage_.begin(), storage_.end(), T{}); }
 

@@ -17,12 +17,32 @@ using Index = std::ptrdiff_t;
 enum class Order { row_major, col_major };
 
 namespace detail {
+[[noreturn, gnu::cold, gnu::noinline]] inline void throw_no_unit_stride(Index row_stride, Index col_stride,
+                                                                        const char* copy) {
+  throw ShapeError(text("MatrixView: one stride must be 1 (rows or columns contiguous), got row stride ", row_stride,
+                        " and column stride ", col_stride, "; copy the matrix into contiguous storage first", copy));
+}
 /// Throws ShapeError when neither stride is 1; a stride along an extent of at most 1 is never used and may be anything.
 /// `copy` says how the caller's own containers are copied into contiguous storage, for the end of the message.
 constexpr void expect_unit_stride(Index rows, Index cols, Index row_stride, Index col_stride, const char* copy = "") {
   if (rows > 1 && cols > 1 && row_stride != 1 && col_stride != 1) [[unlikely]]
-    throw ShapeError(text("MatrixView: one stride must be 1 (rows or columns contiguous), got row stride ", row_stride,
-                          " and column stride ", col_stride, "; copy the matrix into contiguous storage first", copy));
+    throw_no_unit_stride(row_stride, col_stride, copy);
+}
+
+// The other ways a view can be wrong; the shape of what is looked at is (rows, cols).
+[[noreturn, gnu::cold, gnu::noinline]] inline void throw_no_such_block(Index i, Index j, Index block_rows,
+                                                                       Index block_cols, Index rows, Index cols) {
+  throw ShapeError(text("MatrixView::block: block at (", i, ", ", j, ") of ", shape_text(block_rows, block_cols),
+                        " does not fit in ", shape_text(rows, cols)));
+}
+[[noreturn, gnu::cold, gnu::noinline]] inline void throw_no_view(Index rows, Index cols, Index leading_dimension,
+                                                                 Index inner) {
+  if (rows < 0 || cols < 0)
+    throw ShapeError(text("MatrixView: sizes must not be negative, got ", shape_text(rows, cols)));
+  if (leading_dimension < inner)
+    throw ShapeError(text("MatrixView: leading dimension ", leading_dimension, " is shorter than the ", inner,
+                          " elements it separates"));
+  throw ShapeError(text("MatrixView: null pointer for a ", shape_text(rows, cols), " matrix"));
 }
 }  // namespace detail
 
@@ -97,9 +117,7 @@ class MatrixView {
   /// Rows [i, i+rows) × columns [j, j+cols) of this view. **Throws** ShapeError when that is not inside.
   [[nodiscard]] constexpr MatrixView block(Index i, Index j, Index rows, Index cols) const {
     if (i < 0 || j < 0 || rows < 0 || cols < 0 || i + rows > rows_ || j + cols > cols_) [[unlikely]]
-      throw ShapeError(detail::text("MatrixView::block: block at (", i, ", ", j, ") of ",
-                                    detail::shape_text(rows, cols), " does not fit in ",
-                                    detail::shape_text(rows_, cols_)));
+      detail::throw_no_such_block(i, j, rows, cols, rows_, cols_);
     // An empty view may be of no memory at all, and null has no neighbours.
     const Index offset = rows > 0 && cols > 0 ? i * row_stride_ + j * col_stride_ : 0;
     return {Unchecked{}, data_ + offset, rows, cols, row_stride_, col_stride_};
@@ -116,14 +134,13 @@ class MatrixView {
 
   constexpr void check() const {
     if (rows_ < 0 || cols_ < 0) [[unlikely]]
-      throw ShapeError(detail::text("MatrixView: sizes must not be negative, got ", detail::shape_text(rows_, cols_)));
+      detail::throw_no_view(rows_, cols_, 0, 0);
     detail::expect_unit_stride(rows_, cols_, row_stride_, col_stride_);
     const Index inner = col_stride_ == 1 ? cols_ : rows_, outer = col_stride_ == 1 ? rows_ : cols_;
     if (outer > 1 && leading_dimension() < inner) [[unlikely]]
-      throw ShapeError(detail::text("MatrixView: leading dimension ", leading_dimension(), " is shorter than the ",
-                                    inner, " elements it separates"));
+      detail::throw_no_view(rows_, cols_, leading_dimension(), inner);
     if (data_ == nullptr && rows_ > 0 && cols_ > 0) [[unlikely]]
-      throw ShapeError(detail::text("MatrixView: null pointer for a ", detail::shape_text(rows_, cols_), " matrix"));
+      detail::throw_no_view(rows_, cols_, 0, 0);
   }
 
   T* data_ = nullptr;
@@ -180,6 +197,19 @@ void for_each_run(const MatrixView<T>& v, F&& f) {
   if (v.is_contiguous()) return f(v.data(), v.size());
   const Index outer = v.is_row_major() ? v.rows() : v.cols(), inner = v.is_row_major() ? v.cols() : v.rows();
   for (Index o = 0; o < outer; ++o) f(v.data() + o * v.leading_dimension(), inner);
+}
+
+/// to = from element by element, converted; to = x. Out of line: loops over two strides that are known at run time
+/// alone compile to more than what they stand in.
+template <class S, class T>
+[[gnu::noinline]] void copy_elements(MatrixView<S> from, MatrixView<T> to) {
+  for (Index i = 0; i < to.rows(); ++i)
+    for (Index j = 0; j < to.cols(); ++j) to(i, j) = static_cast<T>(from(i, j));
+}
+template <class T>
+[[gnu::noinline]] void fill_elements(MatrixView<T> to, std::type_identity_t<T> x) {
+  for (Index i = 0; i < to.rows(); ++i)
+    for (Index j = 0; j < to.cols(); ++j) to(i, j) = x;
 }
 
 }  // namespace detail

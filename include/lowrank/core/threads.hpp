@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <type_traits>
 
 #include "lowrank/core/matrix_view.hpp"
 
@@ -48,6 +49,23 @@ class FirstException {
   std::exception_ptr first_;
 };
 
+/// A part of some parallel loop behind one type: f(part, parts).
+using PartFunction = void (*)(const void* f, int part, int parts);
+
+/// The one parallel loop a program holds: inlined where it is used, every body would be compiled twice.
+[[gnu::noinline]] inline void run_parts(int parts, PartFunction call, const void* f) {
+#if defined(_OPENMP)
+  if (parts > 1) {
+    FirstException exception;
+#pragma omp parallel for schedule(static, 1) num_threads(parts)
+    for (int p = 0; p < parts; ++p) exception.run([&] { call(f, p, parts); });
+    exception.rethrow();
+    return;
+  }
+#endif
+  for (int p = 0; p < parts; ++p) call(f, p, parts);
+}
+
 }  // namespace detail
 
 /// Calls f(part, parts) once for every part in [0, parts), on as many threads.
@@ -56,16 +74,9 @@ class FirstException {
 /// run. **Cost** no allocation.
 template <class F>
 void parallel_parts(int parts, F&& f) {
-#if defined(_OPENMP)
-  if (parts > 1) {
-    detail::FirstException exception;
-#pragma omp parallel for schedule(static, 1) num_threads(parts)
-    for (int p = 0; p < parts; ++p) exception.run([&] { f(p, parts); });
-    exception.rethrow();
-    return;
-  }
-#endif
-  for (int p = 0; p < parts; ++p) f(p, parts);
+  using Body = std::remove_reference_t<F>;
+  detail::run_parts(
+      parts, [](const void* body, int part, int of) { (*static_cast<Body*>(const_cast<void*>(body)))(part, of); }, &f);
 }
 
 /// Splits [0, n) into at most max_threads() ranges of at least `grain` and calls f(begin, end) on each, in parallel.

@@ -6,6 +6,21 @@
 #include "lowrank/init/detail/loftq_alternation.hpp"
 
 namespace lowrank {
+namespace detail {
+
+template <class T, class S>
+[[gnu::cold]] QuantisedInit<T> loftq_of(MatrixView<const S> W, const LoftqOptions& options,
+                                        MatrixView<const T> covariance) {
+  QuantisedAlternation<T, S> a("loftq", W, options, covariance);
+  for (int t = 0; t < options.iterations; ++t) {
+    if (t > 0 || options.gptq) a.quantise_rest();  // else the first Q is quant(W), which the constructor has made
+    a.fit_factors(false);
+    if (!a.keep_if_better(a.measure())) break;
+  }
+  return a.finish();
+}
+
+}  // namespace detail
 
 /// LoftQ: from B·A = 0, T times: Q = quant(W − s·B·A), then s·B·A = the best rank-r approximation of W − Q.
 ///
@@ -26,14 +41,16 @@ requires FactorScalarOf<Factor, X> QuantisedInit<factor_scalar<X>> loftq(
     X&& weight, const LoftqOptions& options = {},
     std::type_identity_t<MatrixView<const factor_scalar<X>>> covariance = {}) {
   using S = scalar_of<X>;
-  using T = factor_scalar<X>;
-  detail::QuantisedAlternation<T, S> a("loftq", view_of(weight), options, covariance);
-  for (int t = 0; t < options.iterations; ++t) {
-    if (t > 0 || options.gptq) a.quantise_rest();  // else the first Q is quant(W), which the constructor has made
-    a.fit_factors(false);
-    if (!a.keep_if_better(a.measure())) break;
-  }
-  return a.finish();
+  return detail::loftq_of<factor_scalar<X>, S>(view_of(weight), options, covariance);
 }
 
 }  // namespace lowrank
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank::detail {
+extern template QuantisedInit<float> loftq_of(MatrixView<const float>, const LoftqOptions&, MatrixView<const float>);
+extern template QuantisedInit<double> loftq_of(MatrixView<const double>, const LoftqOptions&, MatrixView<const double>);
+extern template QuantisedInit<float> loftq_of(MatrixView<const bf16>, const LoftqOptions&, MatrixView<const float>);
+extern template QuantisedInit<float> loftq_of(MatrixView<const f16>, const LoftqOptions&, MatrixView<const float>);
+}  // namespace lowrank::detail
+#endif

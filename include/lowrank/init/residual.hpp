@@ -129,3 +129,15 @@ void balanced_factors(MatrixView<const T> U, const Values& S, MatrixView<const T
 
 }  // namespace detail
 }  // namespace lowrank
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank {
+extern template ResidualNorms residual_base(MatrixView<const float>, const LoraFactors<float>&, MatrixView<float>);
+extern template ResidualNorms residual_base(MatrixView<const double>, const LoraFactors<double>&, MatrixView<double>);
+extern template ResidualNorms residual_base(MatrixView<const bf16>, const LoraFactors<float>&, MatrixView<float>);
+extern template ResidualNorms residual_base(MatrixView<const f16>, const LoraFactors<float>&, MatrixView<float>);
+extern template ResidualNorms residual_base(MatrixView<const bf16>, const LoraFactors<float>&, MatrixView<bf16>);
+extern template ResidualNorms residual_base(MatrixView<const f16>, const LoraFactors<float>&, MatrixView<f16>);
+extern template ResidualNorms residual_base(MatrixView<const float>, const LoraFactors<float>&, MatrixView<bf16>);
+}  // namespace lowrank
+#endif

@@ -140,10 +140,14 @@ inline bool may_be_saved(const std::string& name, const PeftConfig& c) {
   const auto dot = name.rfind('.');
   if (dot == std::string::npos) return false;
   const std::string_view module = std::string_view(name).substr(0, dot), leaf = std::string_view(name).substr(dot + 1);
+  // As PEFT does, by the end of the name alone: "norm" takes post_attention_layernorm too. What lies below counts.
   for (const std::string& saved : c.modules_to_save)
-    if (lowrank::detail::within(module, saved)) return true;
+    for (auto end = module.find('.');; end = module.find('.', end + 1)) {
+      if (module.substr(0, end).ends_with(saved)) return true;
+      if (end == std::string_view::npos) break;
+    }
   if (leaf == "bias" && c.bias != "none") return true;
-  const auto last = lowrank::detail::last_component(module);
+  const auto last = lowrank::last_component(module);
   // PEFT saves a resized embedding and head beside the adapter; base_layer is what it calls a wrapped weight.
   return leaf == "weight" && (last == "embed_tokens" || last == "lm_head" || last == "base_layer");
 }
@@ -299,7 +303,7 @@ inline void describe_modules(PeftAdapter& adapter) {
 /// The last components of the modules' names, sorted: what `target_modules` lists when nothing else was given.
 inline std::vector<std::string> module_suffixes(const PeftAdapter& adapter) {
   std::set<std::string> s;
-  for (const AdapterModule& m : adapter.modules) s.emplace(lowrank::detail::last_component(m.name));
+  for (const AdapterModule& m : adapter.modules) s.emplace(lowrank::last_component(m.name));
   return {s.begin(), s.end()};
 }
 

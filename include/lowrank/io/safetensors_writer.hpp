@@ -42,7 +42,10 @@ inline std::string safetensors_header(const std::string& path, std::vector<Tenso
     t.begin = at;
     t.end = at += *size;
     json += detail::quoted(path, t.name) + ":{\"dtype\":\"" + std::string(dtype_name(t.dtype)) + "\",\"shape\":[";
-    for (std::size_t i = 0; i < t.shape.size(); ++i) json += (i > 0 ? "," : "") + std::to_string(t.shape[i]);
+    for (std::size_t i = 0; i < t.shape.size(); ++i) {
+      if (i > 0) json += ",";
+      json += std::to_string(t.shape[i]);
+    }
     json += "],\"data_offsets\":[" + std::to_string(t.begin) + "," + std::to_string(t.end) + "]},";
   }
   if (json.size() > 1)

@@ -36,7 +36,10 @@ struct TensorInfo : TensorSpec {
 /// "[32, 128]", the way messages write a shape of any order.
 inline std::string shape_text(std::span<const std::uint64_t> shape) {
   std::string s = "[";
-  for (std::size_t i = 0; i < shape.size(); ++i) s += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+  for (std::size_t i = 0; i < shape.size(); ++i) {
+    if (i > 0) s += ", ";
+    s += std::to_string(shape[i]);
+  }
   return s + "]";
 }
 

@@ -8,18 +8,15 @@
 
 #include "lowrank/core/matrix.hpp"
 #include "lowrank/core/rng.hpp"
-#include "lowrank/linalg/linear_operator.hpp"
+#include "lowrank/linalg/detail/any_operator.hpp"
 
 namespace lowrank {
 
-/// The largest |⟨y, A·x⟩ − ⟨Aᵀ·y, x⟩| / max(‖A·x‖, ‖Aᵀ·y‖) over a few pairs of Gaussian vectors x, y.
-///
-/// **Numerics** for a right pair a few eps·√max(m, n); for a wrong one of order 1 (below δ with probability about δ a
-/// pair). NaN when a product, or its squared norm, is not finite. **Cost** two products with `probes` vectors.
-/// **Source** the dot-product test of inverse problems, Claerbout, Earth Soundings Analysis (1992).
-template <Real T, class Op>
-requires LinearOperator<Op, T>
-double adjoint_error(const Op& A, std::uint64_t seed = 0, Index probes = 4) {
+namespace detail {
+
+/// What adjoint_error computes.
+template <Real T>
+[[gnu::cold]] double adjoint_error_of(AnyOperator<T> A, std::uint64_t seed, Index probes) {
   const Index m = A.rows(), n = A.cols();
   if (m == 0 || n == 0) return 0;
   Matrix<T> X(probes, n), Y(probes, m), AX(probes, m), AtY(probes, n);
@@ -63,17 +60,32 @@ double adjoint_error(const Op& A, std::uint64_t seed = 0, Index probes = 4) {
   return worst;
 }
 
+template <Real T>
+[[gnu::cold]] void check_adjoint_of(AnyOperator<T> A, std::uint64_t seed) {
+  const double error = adjoint_error_of<T>(A, seed, 4), limit = std::same_as<T, float> ? 0x1p-10 : 0x1p-26;
+  if (std::isnan(error)) throw NonFiniteError("check_adjoint: apply or apply_adjoint of finite vectors is not finite");
+  if (error > limit)
+    throw ArgumentError(
+        text("check_adjoint: apply_adjoint is not the adjoint of apply: <y, Ax> and <A'y, x> differ by ", error,
+             " of the size of the products, expected at most ", limit));
+}
+
+}  // namespace detail
+
+/// The largest |⟨y, A·x⟩ − ⟨Aᵀ·y, x⟩| / max(‖A·x‖, ‖Aᵀ·y‖) over a few pairs of Gaussian vectors x, y.
+///
+/// **Numerics** for a right pair a few eps·√max(m, n); for a wrong one of order 1 (below δ with probability about δ a
+/// pair). NaN when a product, or its squared norm, is not finite. **Cost** two products with `probes` vectors.
+/// **Source** the dot-product test of inverse problems, Claerbout, Earth Soundings Analysis (1992).
+template <Real T, class Op>
+requires LinearOperator<Op, T>
+double adjoint_error(const Op& A, std::uint64_t seed = 0, Index probes = 4) {
+  return detail::adjoint_error_of<T>(A, seed, probes);
+}
 /// **Throws** ArgumentError when A's two products do not belong to one matrix: adjoint_error above 2⁻¹⁰ (float) or 2⁻²⁶
 /// (double), which rounding does not reach; NonFiniteError when it is NaN.
 template <Real T, class Op>
 requires LinearOperator<Op, T>
-void check_adjoint(const Op& A, std::uint64_t seed = 0) {
-  const double error = adjoint_error<T>(A, seed), limit = std::same_as<T, float> ? 0x1p-10 : 0x1p-26;
-  if (std::isnan(error)) throw NonFiniteError("check_adjoint: apply or apply_adjoint of finite vectors is not finite");
-  if (error > limit)
-    throw ArgumentError(
-        detail::text("check_adjoint: apply_adjoint is not the adjoint of apply: <y, Ax> and <A'y, x> differ by ", error,
-                     " of the size of the products, expected at most ", limit));
-}
+void check_adjoint(const Op& A, std::uint64_t seed = 0) { detail::check_adjoint_of<T>(A, seed); }
 
 }  // namespace lowrank

@@ -80,3 +80,14 @@ requires RealMatrix<const X&> && MatrixOf<const Y&, const scalar_of<const X&>> M
 }
 
 }  // namespace lowrank
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank::detail {
+extern template void product(float, MatrixView<const float>, MatrixView<const float>, bool, MatrixView<float>);
+extern template void product(double, MatrixView<const double>, MatrixView<const double>, bool, MatrixView<double>);
+extern template void product(float, MatrixView<const float>, MatrixView<const bf16>, bool, MatrixView<float>);
+extern template void product(float, MatrixView<const bf16>, MatrixView<const float>, bool, MatrixView<float>);
+extern template void product(float, MatrixView<const float>, MatrixView<const f16>, bool, MatrixView<float>);
+extern template void product(float, MatrixView<const f16>, MatrixView<const float>, bool, MatrixView<float>);
+}  // namespace lowrank::detail
+#endif

@@ -27,12 +27,11 @@ struct QrScratch {
 
 /// QR of at most qr_panel columns. A becomes V (explicit zeros and ones on top), R and F (see compact_wy) are filled.
 template <class T>
-void qr_columns(MatrixView<T> A, MatrixView<T> R, MatrixView<T> F, QrScratch<T>& scratch) {
+[[gnu::noinline]] void qr_columns(MatrixView<T> A, MatrixView<T> R, MatrixView<T> F, QrScratch<T>& scratch) {
   const Index m = A.rows(), n = A.cols();
   scratch.panel.resize(m * n);
   T* const p = scratch.panel.data();
-  for (Index i = 0; i < m; ++i)
-    for (Index j = 0; j < n; ++j) p[j * m + i] = A(i, j);
+  copy_elements(A, view_of(p, m, n, Order::col_major));
   T tau[qr_panel];
   for (Index j = 0; j < n; ++j) {
     T* const v = p + j * m + j;
@@ -46,15 +45,14 @@ void qr_columns(MatrixView<T> A, MatrixView<T> R, MatrixView<T> F, QrScratch<T>&
       axpy(m - j, -tau[j] * dot(m - j, v, c), v, c);
     }
   }
-  for (Index i = 0; i < m; ++i)
-    for (Index j = 0; j < n; ++j) A(i, j) = p[j * m + i];
+  copy_elements(view_of(p, m, n, Order::col_major), A);
   compact_wy<T>(view_of(const_cast<const T*>(p), m, n, Order::col_major), tau, F);
 }
 
 /// QR of A (m ≥ n): halves of the columns, the right half updated by two products in between.
 /// **Source** Elmroth & Gustavson, IBM J. Res. Dev. 44 (2000).
 template <class T>
-void qr_recursive(MatrixView<T> A, MatrixView<T> R, MatrixView<T> F, QrScratch<T>& scratch) {
+[[gnu::cold]] void qr_recursive(MatrixView<T> A, MatrixView<T> R, MatrixView<T> F, QrScratch<T>& scratch) {
   const Index m = A.rows(), n = A.cols();
   if (n <= qr_panel) return qr_columns(A, R, F, scratch);
   const Index n1 = (n / 2 + qr_panel - 1) / qr_panel * qr_panel, n2 = n - n1;
@@ -62,13 +60,9 @@ void qr_recursive(MatrixView<T> A, MatrixView<T> R, MatrixView<T> F, QrScratch<T
   const auto F1 = F.block(0, 0, n1, n1), F2 = F.block(n1, n1, n2, n2), F12 = F.block(0, n1, n1, n2);
   qr_recursive(A1, R.block(0, 0, n1, n1), F1, scratch);
   apply_block_reflector<T>(A1, F1, true, A2, scratch.block);
-  for (Index i = 0; i < n1; ++i)
-    for (Index j = 0; j < n2; ++j) {
-      R(i, n1 + j) = A2(i, j);
-      A2(i, j) = T(0);
-    }
-  for (Index i = n1; i < n; ++i)
-    for (Index j = 0; j < n1; ++j) R(i, j) = T(0);
+  copy_elements(A2.middle_rows(0, n1), R.block(0, n1, n1, n2));
+  fill_elements(A2.middle_rows(0, n1), 0);
+  fill_elements(R.block(n1, 0, n2, n1), 0);
   const auto V2 = A2.middle_rows(n1, m - n1);
   qr_recursive(V2, R.block(n1, n1, n2, n2), F2, scratch);
   // (I − V₁F₁V₁ᵀ)(I − V₂F₂V₂ᵀ): the corner of the joint factor is −F₁·(V₁ᵀV₂)·F₂.
@@ -77,25 +71,22 @@ void qr_recursive(MatrixView<T> A, MatrixView<T> R, MatrixView<T> F, QrScratch<T
   product<T, T, T>(T(1), A1.middle_rows(n1, m - n1).transposed(), V2.transposed(), false, G);
   product<T, T, T>(T(1), G, F2.transposed(), false, H);
   product<T, T, T>(T(-1), F1, H.transposed(), false, F12);
-  for (Index i = n1; i < n; ++i)
-    for (Index j = 0; j < n1; ++j) F(i, j) = T(0);
+  fill_elements(F.block(n1, 0, n2, n1), 0);
 }
 
 /// V (m×k, in place) becomes the first k columns of I − V·F·Vᵀ, in bands of rows so that the copy stays small.
 template <class T>
-void form_thin_q(MatrixView<T> V, MatrixView<const T> F, Buffer<T>& scratch) {
+[[gnu::cold]] void form_thin_q(MatrixView<T> V, MatrixView<const T> F, Buffer<T>& scratch) {
   constexpr Index band = 1024;
   const Index m = V.rows(), k = V.cols();
   scratch.resize(k * k + k * k + std::min(m, band) * k);
   const auto top = view_of(scratch.data(), k, k), M = view_of(scratch.data() + k * k, k, k);
-  for (Index i = 0; i < k; ++i)
-    for (Index j = 0; j < k; ++j) top(i, j) = V(i, j);
+  copy_elements(V.middle_rows(0, k), top);
   product<T, T, T>(T(1), F, top, false, M);  // F·V_topᵀ
   for (Index i0 = 0; i0 < m; i0 += band) {
     const Index rows = std::min(band, m - i0);
     const auto copy = view_of(scratch.data() + 2 * k * k, rows, k), out = V.middle_rows(i0, rows);
-    for (Index i = 0; i < rows; ++i)
-      for (Index j = 0; j < k; ++j) copy(i, j) = out(i, j);
+    copy_elements(out, copy);
     product<T, T, T>(T(-1), copy, M.transposed(), false, out);
   }
   for (Index j = 0; j < k; ++j) V(j, j) += T(1);
@@ -154,3 +145,14 @@ requires RealMatrix<const X&> Qr<scalar_of<const X&>> thin_qr(const X& A) {
 }
 
 }  // namespace lowrank
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank {
+extern template void thin_qr_in_place(MatrixView<float>, MatrixView<float>);
+extern template void thin_qr_in_place(MatrixView<double>, MatrixView<double>);
+extern template void detail::qr_recursive(MatrixView<float>, MatrixView<float>, MatrixView<float>,
+                                          detail::QrScratch<float>&);
+extern template void detail::qr_recursive(MatrixView<double>, MatrixView<double>, MatrixView<double>,
+                                          detail::QrScratch<double>&);
+}  // namespace lowrank
+#endif

@@ -19,7 +19,8 @@ namespace detail {
 ///
 /// Thousands of rotations rounded to U leave the angles between vectors at √k·eps, but let lengths drift further.
 template <class T, class U>
-Matrix<T> unit_columns(const Matrix<U>& Z, const std::vector<Index>& order, const std::vector<double>* signs) {
+[[gnu::noinline]] Matrix<T> unit_columns(const Matrix<U>& Z, const std::vector<Index>& order,
+                                         const std::vector<double>* signs) {
   const Index k = Index(order.size()), n = Z.cols();
   std::vector<double> factor(std::size_t(k), 1.0);
   for (Index j = 0; j < k; ++j) {
@@ -38,7 +39,7 @@ Matrix<T> unit_columns(const Matrix<U>& Z, const std::vector<Index>& order, cons
 
 /// SVD of A (m×n, m ≥ n, row-major, entries around 1, destroyed) by bidiagonalisation in U.
 template <class T, class U>
-Svd<T> bidiagonal_svd(MatrixView<U> A, const char* where) {
+[[gnu::cold]] Svd<T> bidiagonal_svd(MatrixView<U> A, const char* where) {
   const Index m = A.rows(), n = A.cols();
   std::vector<double> d(std::size_t(n), 0.0), e(std::size_t(n), 0.0);
   Matrix<U> Ut(n, m), Vt(n, n);
@@ -78,7 +79,7 @@ Svd<T> bidiagonal_svd(MatrixView<U> A, const char* where) {
 /// **Source** Golub & Kahan (1965) as stabilised by Demmel & Kahan (1990); Chan, ACM TOMS 8 (1982), for the QR in
 /// front.
 template <Real T>
-Svd<T> small_svd(MatrixView<const T> A) {
+[[gnu::cold]] Svd<T> small_svd(MatrixView<const T> A) {
   if (A.rows() < A.cols()) {
     Svd<T> swapped = small_svd<T>(A.transposed());
     return {std::move(swapped.V), std::move(swapped.S), std::move(swapped.U)};
@@ -109,3 +110,10 @@ Svd<T> small_svd(MatrixView<const T> A) {
 }
 
 }  // namespace lowrank
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank {
+extern template Svd<float> small_svd(MatrixView<const float>);
+extern template Svd<double> small_svd(MatrixView<const double>);
+}  // namespace lowrank
+#endif

@@ -37,7 +37,7 @@ Svd<T> dense_svd(MatrixView<T> A, const char* where) {
 
 /// `largest`: the largest magnitude in W.
 template <class T, class S>
-Svd<T> svd_of(MatrixView<const S> W, double largest) {
+[[gnu::cold]] Svd<T> svd_of(MatrixView<const S> W, double largest) {
   constexpr const char* where = "svd";
   if (W.rows() < W.cols()) {
     Svd<T> swapped = svd_of<T, S>(W.transposed(), largest);
@@ -87,3 +87,12 @@ auto svd(X&& W) {
 }
 
 }  // namespace lowrank
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank::detail {
+extern template Svd<float> svd_of(MatrixView<const float>, double);
+extern template Svd<double> svd_of(MatrixView<const double>, double);
+extern template Svd<float> svd_of(MatrixView<const bf16>, double);
+extern template Svd<float> svd_of(MatrixView<const f16>, double);
+}  // namespace lowrank::detail
+#endif

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 #include "lowrank/linalg/detail/householder.hpp"
@@ -84,22 +83,12 @@ inline void tridiagonalise(MatrixView<double> A, double* d, double* e, double* t
 /// Rotations kept before they are applied: 512 KiB of them, which stay in L2 beside a strip of vectors.
 inline constexpr Index rotation_batch = 32768;
 
-/// The order that sorts values descending; equal ones keep theirs.
-template <class V>
-std::vector<Index> descending_order(const V& values) {
-  std::vector<Index> order(values.size());
-  std::iota(order.begin(), order.end(), Index(0));
-  std::stable_sort(order.begin(), order.end(),
-                   [&](Index a, Index b) { return values[std::size_t(a)] > values[std::size_t(b)]; });
-  return order;
-}
-
 /// A = Q·T·Qᵀ kept: the cubic part both functions below begin with, from which values and tails can be had first and
 /// the whole vectors later.
 class TridiagonalForm {
  public:
   /// Only the upper triangle of A is read.
-  TridiagonalForm(MatrixView<const double> A, const char* who) : who_(who) {
+  [[gnu::cold]] TridiagonalForm(MatrixView<const double> A, const char* who) : who_(who) {
     const Index n = A.rows();
     expect_shape(who, "A", A.rows(), A.cols(), n, n);
     reflectors_.resize(n, n);
@@ -119,7 +108,7 @@ class TridiagonalForm {
   [[nodiscard]] Index size() const noexcept { return reflectors_.rows(); }
 
   /// All values and vectors.
-  [[nodiscard]] SymmetricEigen whole() const {
+  [[nodiscard, gnu::cold]] SymmetricEigen whole() const {
     const Index n = size();
     if (n == 0) return {};
     Matrix<double> Zt(n, n);
@@ -128,7 +117,7 @@ class TridiagonalForm {
   }
 
   /// All values, and the last `count` elements of every vector.
-  [[nodiscard]] SymmetricEigen tail(Index count) const {
+  [[nodiscard, gnu::cold]] SymmetricEigen tail(Index count) const {
     const Index n = size();
     if (count < 0 || count > n) throw ArgumentError(text(who_, ": tail must be in [0, ", n, "], got ", count));
     if (n == 0) return {};
@@ -148,7 +137,7 @@ class TridiagonalForm {
 
  private:
   /// T = Z·Λ·Zᵀ; the rows of Zt, on entry columns of (a part of) Q, take the rotations and become those of the vectors.
-  [[nodiscard]] SymmetricEigen diagonalise(Matrix<double>& Zt) const {
+  [[nodiscard, gnu::cold]] SymmetricEigen diagonalise(Matrix<double>& Zt) const {
     const Index n = size();
     std::vector<double> d = d_, e = e_;
     RotationQueue<double> queue;

@@ -11,6 +11,37 @@
 #include "lowrank/linalg/truncated_svd_result.hpp"
 
 namespace lowrank {
+namespace detail {
+
+/// What truncated_svd computes, of any operator over T.
+template <Real T>
+[[gnu::cold]] TruncatedSvd<T> truncated_svd_of(AnyOperator<T> A, Index rank, const TruncatedSvdOptions& options,
+                                               MatrixView<const T> start) {
+  check_rank("truncated_svd", rank, A.rows(), A.cols());
+  check_options("truncated_svd", options);
+  if (!start.empty() && start.rows() != A.cols())
+    throw ShapeError(text("truncated_svd: start must have A's ", A.cols(), " columns as rows, got ",
+                          shape_text(start.rows(), start.cols())));
+  if (options.check_adjoint) check_adjoint_of<T>(A, options.seed);
+  BlockKrylov<T> iteration(A, rank, options);
+  TruncatedSvd<T> found = iteration.run(start);
+  return options.seek_copies && iteration.may_hide_copies() ? with_hidden_copies<T>(A, options, std::move(found))
+                                                            : found;
+}
+
+/// Of a dense matrix stored as S.
+template <Real T, class S>
+[[gnu::cold]] TruncatedSvd<T> truncated_svd_of_dense(MatrixView<const S> A, Index rank,
+                                                     const TruncatedSvdOptions& options, MatrixView<const T> start) {
+  try {
+    return truncated_svd_of<T>(dense_operator<T, S>(A), rank, options, start);
+  } catch (const NonFiniteError&) {
+    expect_finite("truncated_svd", "A", A);  // says which element, if it is A's
+    throw;
+  }
+}
+
+}  // namespace detail
 
 /// The top `rank` singular triplets of A by block Krylov iteration: A ≈ U·diag(S)·Vᵀ.
 ///
@@ -33,17 +64,7 @@ template <Real T, class Op>
 requires LinearOperator<Op, T> TruncatedSvd<T> truncated_svd(const Op& A, Index rank,
                                                              const TruncatedSvdOptions& options = {},
                                                              std::type_identity_t<MatrixView<const T>> start = {}) {
-  detail::check_rank("truncated_svd", rank, A.rows(), A.cols());
-  detail::check_options("truncated_svd", options);
-  if (!start.empty() && start.rows() != Index(A.cols()))
-    throw ShapeError(detail::text("truncated_svd: start must have A's ", Index(A.cols()), " columns as rows, got ",
-                                  detail::shape_text(start.rows(), start.cols())));
-  if (options.check_adjoint) check_adjoint<T>(A, options.seed);
-  detail::BlockKrylov<T, Op> iteration(A, rank, options);
-  TruncatedSvd<T> found = iteration.run(start);
-  return options.seek_copies && iteration.may_hide_copies()
-             ? detail::with_hidden_copies<T>(A, options, std::move(found))
-             : found;
+  return detail::truncated_svd_of<T>(A, rank, options, start);
 }
 
 /// As above for an operator that names its scalar, as all of this library do.
@@ -56,18 +77,28 @@ requires(!MatrixLike<const Op&> && LinearOperator<Op, typename Op::scalar>)
 
 /// As above for a dense matrix in any order: float, double, or bf16 / f16 storage with the result in float.
 template <class W>
-requires MatrixLike<const W&>
-auto truncated_svd(
+requires MatrixLike<const W&> TruncatedSvd<arithmetic_of<scalar_of<const W&>>> truncated_svd(
     const W& A, Index rank, const TruncatedSvdOptions& options = {},
-    MatrixView<const std::conditional_t<std::is_same_v<scalar_of<const W&>, double>, double, float>> start = {}) {
+    MatrixView<const arithmetic_of<scalar_of<const W&>>> start = {}) {
   using S = scalar_of<const W&>;
-  using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
-  try {
-    return truncated_svd<T>(dense_operator<T, S>(view_of(A)), rank, options, start);
-  } catch (const NonFiniteError&) {
-    detail::expect_finite("truncated_svd", "A", MatrixView<const S>(view_of(A)));  // says which element, if it is A's
-    throw;
-  }
+  return detail::truncated_svd_of_dense<arithmetic_of<S>, S>(view_of(A), rank, options, start);
 }
 
 }  // namespace lowrank
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank::detail {
+extern template TruncatedSvd<float> truncated_svd_of(AnyOperator<float>, Index, const TruncatedSvdOptions&,
+                                                     MatrixView<const float>);
+extern template TruncatedSvd<double> truncated_svd_of(AnyOperator<double>, Index, const TruncatedSvdOptions&,
+                                                      MatrixView<const double>);
+extern template TruncatedSvd<float> truncated_svd_of_dense(MatrixView<const float>, Index, const TruncatedSvdOptions&,
+                                                           MatrixView<const float>);
+extern template TruncatedSvd<double> truncated_svd_of_dense(MatrixView<const double>, Index, const TruncatedSvdOptions&,
+                                                            MatrixView<const double>);
+extern template TruncatedSvd<float> truncated_svd_of_dense(MatrixView<const bf16>, Index, const TruncatedSvdOptions&,
+                                                           MatrixView<const float>);
+extern template TruncatedSvd<float> truncated_svd_of_dense(MatrixView<const f16>, Index, const TruncatedSvdOptions&,
+                                                           MatrixView<const float>);
+}  // namespace lowrank::detail
+#endif

@@ -46,11 +46,6 @@ class BlockQuantiser {
       return mark_bad(b);
     const auto absmax = std::bit_cast<float>(magnitude);
     float& scale = scales_[std::size_t(b)];
-    if (q_.codebook().kind() == CodebookKind::table && absmax == 0 && q_.options_.double_quantise) {
-      // The scale will come back as nearly, not exactly, zero; only the code of zero still means zero then.
-      scale = absmax;
-      return encoder_.fill_block(n, q_.codebook().nearest(0.0F), out);
-    }
     const BlockScale chosen = choose_(x, n, absmax, out);
     scale = chosen.scale;
     if (!levels_finite(chosen)) [[unlikely]]

@@ -40,7 +40,8 @@ class Codebook {
  public:
   /// A table of the caller's. **Throws** ArgumentError unless it has 2 … 256 finite, strictly ascending levels within
   /// [−1, 1] of which one has magnitude 1, and a zero (unless that is waived).
-  explicit Codebook(std::span<const float> levels, const CodebookOptions& options = {}) : name_(options.name) {
+  [[gnu::cold]] explicit Codebook(std::span<const float> levels, const CodebookOptions& options = {})
+      : name_(options.name) {
     check(levels, options);
     std::vector<std::uint8_t> order(levels.size());
     for (std::size_t i = 0; i < order.size(); ++i) order[i] = std::uint8_t(i);
@@ -97,22 +98,26 @@ class Codebook {
   }
 
   /// The 4-bit float of bitsandbytes: bit 3 is the sign, codes 0–7 stand for 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4.
-  /// **Numerics** of the two zeros the quantiser uses code 0, as the nearest code of the lowest number.
+  /// **Numerics** a value on a threshold goes to the lower level. Of the two zeros, code 0 takes what is not positive
+  /// and code 8 what is: so decides bitsandbytes on a CPU.
   static Codebook fp4() {
     static constexpr std::array<float, 8> magnitude{0.0F,        1.0F / 192, 2.0F / 3, 1.0F,
                                                     1.0F / 3.0F, 0.5F,       1.0F / 6, 0.25F};
     std::array<float, 16> values{};
     for (std::size_t i = 0; i < 8; ++i) {
       values[i] = magnitude[i];
-      values[i + 8] = -magnitude[i];
+      values[i + 8] = i == 0 ? 0.0F : -magnitude[i];
     }
-    std::vector<std::uint8_t> order;
-    for (std::uint8_t i = 0; i < 16; ++i)
-      if (i != 8) order.push_back(i);
-    std::sort(order.begin(), order.end(), [&](std::uint8_t a, std::uint8_t b) { return values[a] < values[b]; });
+    std::vector<std::uint8_t> order(16);
+    for (std::size_t i = 0; i < 16; ++i) order[i] = std::uint8_t(i);
+    std::sort(order.begin(), order.end(), [&](std::uint8_t a, std::uint8_t b) {
+      return values[a] < values[b] || (values[a] == values[b] && a < b);
+    });
     Codebook c;
     c.name_ = "fp4";
     c.build(CodebookKind::table, values, std::move(order));
+    for (std::size_t i = 0; i < c.thresholds_.size(); ++i)
+      c.thresholds_[i] = float((double(values[c.order_[i]]) + double(values[c.order_[i + 1]])) / 2);
     return c;
   }
 

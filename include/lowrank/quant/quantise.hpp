@@ -16,7 +16,7 @@ namespace lowrank {
 /// [32, 4096] or options that do not go together. **Cost** one pass over W, on all threads.
 /// **Numerics** everything happens in float, as in bitsandbytes: the reciprocal of the scale is rounded, multiplied,
 /// and compared with the midpoints of the table. Codes and scales are the same bits for any number of threads. A block
-/// of zeros gets code 0; a block so small that the reciprocal overflows is divided instead.
+/// of zeros gets the code of zero; a block so small that the reciprocal overflows is divided instead.
 /// **Source** Dettmers et al., arXiv 2305.14314, §3.
 template <MatrixLike X>
 QuantisedMatrix<factor_scalar<X>> quantise(X&& W, QuantiseOptions options = {}) {

@@ -9,6 +9,31 @@
 namespace lowrank {
 namespace detail {
 
+/// What QuantisedSource packs.
+template <class T, bool Transposed>
+[[gnu::noinline]] void pack_quantised(const QuantisedArrays& q, int width, Index i0, Index count, Index k0, Index kc,
+                                      T* out) {
+  if constexpr (Transposed) {
+    // A step of the depth is a run of a row of W.
+    for (Index k = 0; k < kc; ++k, out += width) {
+      q.decode_row(k0 + k, i0, count, out);
+      for (Index i = count; i < width; ++i) out[i] = T(0);
+    }
+  } else {
+    // Decode a strip of each row, then let the dense packing transpose it. Strips start at multiples of 64 columns,
+    // so that no block is entered in the middle of a byte whatever k0 is.
+    constexpr Index strip = 64;
+    T rows[std::max(kernel_cols<T>, kernel_rows) * strip];
+    for (Index k = k0; k < k0 + kc;) {
+      const Index begin = k & ~(strip - 1), end = std::min(begin + strip, k0 + kc);
+      for (Index i = 0; i < count; ++i) q.decode_row(i0 + i, begin, end - begin, rows + i * strip);
+      const DenseSource<T> dense{MatrixView<const T>(rows, width, strip, strip, 1)};
+      dense.pack(width, 0, count, k - begin, end - k, out + (k - k0) * width);
+      k = end;
+    }
+  }
+}
+
 /// W (rows = out, depth = in) or Wᵀ (rows = in, depth = out) as an operand of the packed product.
 template <class T, bool Transposed>
 struct QuantisedSource {
@@ -16,28 +41,8 @@ struct QuantisedSource {
 
   [[nodiscard]] Index rows() const { return Transposed ? q->cols() : q->rows(); }
   [[nodiscard]] Index depth() const { return Transposed ? q->rows() : q->cols(); }
-
-  template <int W>
-  void pack(Index i0, Index count, Index k0, Index kc, T* out) const {
-    if constexpr (Transposed) {
-      // A step of the depth is a run of a row of W.
-      for (Index k = 0; k < kc; ++k, out += W) {
-        q->decode_row(k0 + k, i0, count, out);
-        for (Index i = count; i < W; ++i) out[i] = T(0);
-      }
-    } else {
-      // Decode a strip of each row, then let the dense packing transpose it. Strips start at multiples of 64 columns,
-      // so that no block is entered in the middle of a byte whatever k0 is.
-      constexpr Index strip = 64;
-      T rows[W * strip];
-      for (Index k = k0; k < k0 + kc;) {
-        const Index begin = k & ~(strip - 1), end = std::min(begin + strip, k0 + kc);
-        for (Index i = 0; i < count; ++i) q->decode_row(i0 + i, begin, end - begin, rows + i * strip);
-        const DenseSource<T> dense{MatrixView<const T>(rows, W, strip, strip, 1)};
-        dense.template pack<W>(0, count, k - begin, end - k, out + (k - k0) * W);
-        k = end;
-      }
-    }
+  void pack(int width, Index i0, Index count, Index k0, Index kc, T* out) const {
+    pack_quantised<T, Transposed>(*q, width, i0, count, k0, kc, out);
   }
 };
 
@@ -217,8 +222,9 @@ void quantised_few_backward(MatrixView<const T> p, const QuantisedArrays& w, boo
 }
 
 /// C = accumulate·C + P·Qᵀ with a packable Q, C in either order.
-template <class T, class Q>
-void packed_product(MatrixView<const T> p, const Q& q, bool accumulate, MatrixView<T> c) {
+template <class T>
+void packed_product(MatrixView<const T> p, const std::type_identity_t<AnySource<T>>& q, bool accumulate,
+                    MatrixView<T> c) {
   if (c.is_row_major())
     gemm_packed(T(1), DenseSource<T>{p}, q, accumulate, c);
   else
@@ -255,3 +261,16 @@ void quantised_backward(MatrixView<const T> G, const QuantisedArrays& w, MatrixV
 
 }  // namespace detail
 }  // namespace lowrank
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank::detail {
+extern template void quantised_forward(MatrixView<const float>, const QuantisedArrays&, MatrixView<float>, Update);
+extern template void quantised_forward(MatrixView<const double>, const QuantisedArrays&, MatrixView<double>, Update);
+extern template void quantised_backward(MatrixView<const float>, const QuantisedArrays&, MatrixView<float>, Update);
+extern template void quantised_backward(MatrixView<const double>, const QuantisedArrays&, MatrixView<double>, Update);
+extern template void pack_quantised<float, false>(const QuantisedArrays&, int, Index, Index, Index, Index, float*);
+extern template void pack_quantised<float, true>(const QuantisedArrays&, int, Index, Index, Index, Index, float*);
+extern template void pack_quantised<double, false>(const QuantisedArrays&, int, Index, Index, Index, Index, double*);
+extern template void pack_quantised<double, true>(const QuantisedArrays&, int, Index, Index, Index, Index, double*);
+}  // namespace lowrank::detail
+#endif

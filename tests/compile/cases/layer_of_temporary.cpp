@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// expect: constraint
+// expect: deleted
+// expect within ten lines: MatrixOf
+// expect within ten lines: [Ee]valuate
 #include "lowrank/adapter/lora.hpp"
 #include "lowrank/eigen.hpp"
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A double activation into a float layer is a mistake, not a conversion.
-// expect: constraint
+// expect: deleted
+// expect within ten lines: MatrixOf
+// expect within ten lines: [Cc]ast
 #include "lowrank/adapter/lora.hpp"
 #include "lowrank/eigen.hpp"
 

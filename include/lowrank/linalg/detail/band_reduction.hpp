@@ -15,18 +15,17 @@ struct SymmetricSource {
   [[nodiscard]] Index rows() const { return upper.rows(); }
   [[nodiscard]] Index depth() const { return upper.rows(); }
 
-  template <int W>
-  void pack(Index i0, Index count, Index k0, Index kc, double* out) const {
+  void pack(int width, Index i0, Index count, Index k0, Index kc, double* out) const {
     // Left of the diagonal block element (i, k) is read as (k, i), whose rows run along the panel; right of it as it
     // is.
     const Index left = std::clamp<Index>(i0 - k0, 0, kc), middle = std::clamp<Index>(i0 + count - k0, 0, kc);
-    if (left > 0) DenseSource<double>{upper.transposed()}.pack<W>(i0, count, k0, left, out);
+    if (left > 0) DenseSource<double>{upper.transposed()}.pack(width, i0, count, k0, left, out);
     for (Index k = left; k < middle; ++k)
-      for (Index i = 0; i < W; ++i) {
+      for (Index i = 0; i < width; ++i) {
         const Index a = std::min(i0 + i, k0 + k), b = std::max(i0 + i, k0 + k);
-        out[k * W + i] = i < count ? upper(a, b) : 0.0;
+        out[k * width + i] = i < count ? upper(a, b) : 0.0;
       }
-    if (middle < kc) DenseSource<double>{upper}.pack<W>(i0, count, k0 + middle, kc - middle, out + middle * W);
+    if (middle < kc) DenseSource<double>{upper}.pack(width, i0, count, k0 + middle, kc - middle, out + middle * width);
   }
 };
 
@@ -37,7 +36,7 @@ struct SymmetricSource {
 /// **Numerics** backward error of order eps·‖A‖.
 /// **Source** Dongarra, Hammarling & Sorensen, "Block reduction of matrices to condensed forms", J. Comput. Appl. Math.
 /// 27 (1989); Bischof, Lang & Sun, ACM TOMS 26 (2000).
-inline void reduce_to_band(MatrixView<double> A, Index b) {
+[[gnu::cold]] inline void reduce_to_band(MatrixView<double> A, Index b) {
   const Index n = A.rows();
   Buffer<double> scratch(2 * b * n + 5 * b * b);
   QrScratch<double> qr;

@@ -45,7 +45,7 @@ struct BidiagonalBlock {
 
   /// Demmel & Kahan's convergence criteria, which preserve relative accuracy: true when an off-diagonal was set to
   /// zero. Else `smallest` is their estimate of the block's smallest singular value.
-  bool deflate(double tol, double& smallest) const {
+  [[gnu::noinline]] bool deflate(double tol, double& smallest) const {
     if (std::abs(E(last - 1)) <= tol * std::abs(D(last))) {
       E(last - 1) = 0;
       return true;
@@ -70,7 +70,7 @@ struct BidiagonalBlock {
 
   /// One implicit QR sweep without a shift, which loses no relative accuracy.
   template <class Left, class Right>
-  void chase_without_shift(Left& left, Right& right) const {
+  [[gnu::noinline]] void chase_without_shift(Left& left, Right& right) const {
     double c = 1, oc = 1, os = 0;
     begin(left, right);
     for (Index i = 0; i < last; ++i) {
@@ -90,7 +90,7 @@ struct BidiagonalBlock {
 
   /// One implicit QR sweep with a shift.
   template <class Left, class Right>
-  void chase(double shift, Left& left, Right& right) const {
+  [[gnu::noinline]] void chase(double shift, Left& left, Right& right) const {
     double f = (std::abs(D(0)) - shift) * (std::copysign(1.0, D(0)) + shift / D(0)), g = E(0);
     begin(left, right);
     for (Index i = 0; i < last; ++i) {

@@ -18,13 +18,13 @@
 
 namespace lowrank::detail {
 
-template <Real T, class Op>
+template <Real T>
 class BlockKrylov {
  public:
-  BlockKrylov(const Op& A, Index rank, const TruncatedSvdOptions& options)
+  BlockKrylov(AnyOperator<T> A, Index rank, const TruncatedSvdOptions& options)
       : A_(A), k_(rank), options_(options), M_(A, choose_side(A), "truncated_svd") {}
 
-  TruncatedSvd<T> run(MatrixView<const T> start) {
+  [[gnu::cold]] TruncatedSvd<T> run(MatrixView<const T> start) {
     result_.total_energy = energy_of(A_);
     // So few singular values that the space of the shorter side is taken whole: the answer is exact.
     const Index shorter = std::min<Index>(A_.rows(), A_.cols());
@@ -45,25 +45,22 @@ class BlockKrylov {
   [[nodiscard]] bool may_hide_copies() const noexcept { return may_hide_copies_; }
 
  private:
-  static GramSide choose_side(const Op& A) {
-    if constexpr (HasGram<Op, T>) return A.gram_side();
+  static GramSide choose_side(const AnyOperator<T>& A) {
+    if (A.has_gram()) return A.gram_side();
     return A.cols() <= A.rows() ? GramSide::right : GramSide::left;
   }
-  static double energy_of(const Op& A) {
-    if constexpr (HasFrobeniusNorm<Op>) {
-      const double sum = A.frobenius_norm_squared();
-      // Squares of finite doubles may overflow; those of floats do not.
-      if (std::isnan(sum) || (std::isinf(sum) && std::same_as<T, float>))
-        throw NonFiniteError("truncated_svd: the matrix holds NaN or infinity");
-      return sum;
-    } else {
-      return std::numeric_limits<double>::quiet_NaN();
-    }
+  [[gnu::cold]] static double energy_of(const AnyOperator<T>& A) {
+    if (!A.knows_energy()) return std::numeric_limits<double>::quiet_NaN();
+    const double sum = A.frobenius_norm_squared();
+    // Squares of finite doubles may overflow; those of floats do not.
+    if (std::isnan(sum) || (std::isinf(sum) && std::same_as<T, float>))
+      throw NonFiniteError("truncated_svd: the matrix holds NaN or infinity");
+    return sum;
   }
 
-  TruncatedSvd<T> whole_space() {
+  [[gnu::cold]] TruncatedSvd<T> whole_space() {
     spent_ = M_.passes();
-    M_ = SidedOperator<T, Op>(A_, A_.cols() <= A_.rows() ? GramSide::right : GramSide::left, "truncated_svd");
+    M_ = SidedOperator<T>(A_, A_.cols() <= A_.rows() ? GramSide::right : GramSide::left, "truncated_svd");
     const Index n = M_.domain();
     block_ = basis_size_ = n;
     may_hide_copies_ = false;
@@ -76,7 +73,7 @@ class BlockKrylov {
     return deliver();
   }
 
-  void prepare(MatrixView<const T> start) {
+  [[gnu::cold]] void prepare(MatrixView<const T> start) {
     const Index n = M_.domain(), widest = std::min<Index>(n, M_.range());
     const bool warm = warm_ = !start.empty();
     if (options_.block > 0)
@@ -121,7 +118,7 @@ class BlockKrylov {
     first_norm_ = M_.safe_norm(norm) ? norm : M_.settle_scale(basis_->rows(0, block_), Y_.view());
   }
 
-  void iterate() {
+  [[gnu::cold]] void iterate() {
     const Index most = options_.max_passes > 0 ? options_.max_passes : 1000;
     // A warm start may be good enough at once; a cold one is not before its basis has outgrown the rank.
     Index next_check = warm_ ? k_ : std::max(k_ + 4 * block_, k_ + k_ / 2);
@@ -152,7 +149,7 @@ class BlockKrylov {
   }
 
   /// One block step: Z = MᵀM·(last block), its part of T, and the next block. True when the space is exhausted.
-  bool step() {
+  [[gnu::cold]] bool step() {
     const Index d = basis_->count(), b = block_;
     const Index room = M_.domain() - d;
     Z_.resize(b, M_.domain());
@@ -180,7 +177,7 @@ class BlockKrylov {
   }
 
   template <class C>
-  void store_column(Index first, const C& c) {
+  [[gnu::cold]] void store_column(Index first, const C& c) {
     for (Index i = 0; i < c.rows(); ++i)
       for (Index j = 0; j < c.cols(); ++j) {
         const double x = double(c(i, j));
@@ -193,7 +190,7 @@ class BlockKrylov {
   }
 
   /// Rayleigh–Ritz on the settled part of the basis: Ritz vectors, residual and energy estimates, verdict.
-  void check(bool full, bool crowded) {
+  [[gnu::cold]] void check(bool full, bool crowded) {
     const Index d = settled_;
     // Residuals need the last elements of the Ritz vectors; a restart will want them whole.
     form_.emplace(projection(d), "truncated_svd");
@@ -255,7 +252,7 @@ class BlockKrylov {
     return r;
   }
   /// The Ritz vectors of the last look, whole.
-  const SymmetricEigen& whole_ritz() {
+  [[gnu::cold]] const SymmetricEigen& whole_ritz() {
     if (ritz_.vectors.rows() < ritz_.vectors.cols()) ritz_ = form_->whole();
     return ritz_;
   }
@@ -265,7 +262,7 @@ class BlockKrylov {
   /// The energy still missing. Once it is small the residuals bound it well (measured: 1 to 4 times the truth); before
   /// that they miss directions not seen yet, and its growth, as a geometric series through the gains of the last two
   /// intervals, says more. The larger of the two then.
-  void estimate_deficit(double energy, double from_residuals) {
+  [[gnu::cold]] void estimate_deficit(double energy, double from_residuals) {
     deficit_ = from_residuals;
     // Directions not met yet may be worth several times as much, until the energy has been seen growing; a warm start,
     // whose first few steps say little about them (measured: up to 3 times), is watched for one look more.
@@ -286,7 +283,7 @@ class BlockKrylov {
   }
 
   /// Keeps the best Ritz vectors and the next block, forgets the rest; T becomes an arrow.
-  void restart() {
+  [[gnu::cold]] void restart() {
     const Index d = settled_, b = block_;
     const Index extra = options_.oversampling > 0 ? options_.oversampling : std::max<Index>(2 * b, k_ / 2);
     const Index keep = std::min({k_ + extra, d - b, std::max(k_, capacity_ - 3 * b)});
@@ -307,7 +304,7 @@ class BlockKrylov {
 
   /// The triplets from the Ritz vectors: Y = M·V is decomposed anew, so that squares of singular values play no part in
   /// them; where the squares kept small singular vectors from converging, those are refined.
-  TruncatedSvd<T> finish() {
+  [[gnu::cold]] TruncatedSvd<T> finish() {
     const Index n = M_.domain(), d = basis_size_;
     Matrix<T> V(k_, n);
     if (d >= k_) {
@@ -325,21 +322,21 @@ class BlockKrylov {
     take(V);
     const Index most = options_.max_passes > 0 ? options_.max_passes : 1000;
     if (options_.residual_tolerance > 0 && residual_met_ && !triplets_met() && M_.passes() + 8 < most) {
-      GolubKahan<T, Op>::refine(M_, V, options_.residual_tolerance, most, options_.seed);
+      GolubKahan<T>::refine(M_, V, options_.residual_tolerance, most, options_.seed);
       refresh_orthonormal(V.view());
       take(V);
     }
     return deliver();
   }
 
-  void take(const Matrix<T>& V) {
+  [[gnu::cold]] void take(const Matrix<T>& V) {
     Matrix<T> Y(V.rows(), M_.range());
     M_.forward(V.view(), Y.view());
     decompose(V, std::move(Y));
   }
 
   /// SVD of Y = M·V (vectors in rows), truncated to k, with the residuals measured.
-  void decompose(Matrix<T> V, Matrix<T> Y) {
+  [[gnu::cold]] void decompose(Matrix<T> V, Matrix<T> Y) {
     const Index w = V.rows(), n = V.cols(), m = Y.cols();
     Matrix<T> R(w, w), product(Y.view());  // M·V as it came, to measure by
     thin_qr_in_place(Y.view().transposed(), R.view());
@@ -360,19 +357,14 @@ class BlockKrylov {
     residual_.assign(std::size_t(k_), 0.0);
     for (Index i = 0; i < k_; ++i) {
       const double sigma = sigma_[std::size_t(i)];
-      const auto distance = [&](const T* x, const T* y, Index length) {
-        return std::sqrt(lane_sum(length, [&](Index j) {
-          const double r = double(x[j]) - sigma * double(y[j]);
-          return r * r;
-        }));
-      };
-      residual_[std::size_t(i)] = std::max(distance(&Z(i, 0), &right_(i, 0), n), distance(&Y(i, 0), &left_(i, 0), m));
+      residual_[std::size_t(i)] = std::max(distance_to_multiple(n, &Z(i, 0), sigma, &right_(i, 0)),
+                                           distance_to_multiple(m, &Y(i, 0), sigma, &left_(i, 0)));
     }
   }
 
   /// `converged` and `stopped`, from the tolerances as asked for. The iteration stops at a few eps; what is below that
   /// was not reached, except by a zero matrix.
-  void settle_verdict() {
+  [[gnu::cold]] void settle_verdict() {
     const Index most = options_.max_passes > 0 ? options_.max_passes : 1000;
     const bool resolved = options_.energy_tolerance == 0 || options_.energy_tolerance >= 4 * eps || sigma_[0] == 0;
     const bool triplets = options_.residual_tolerance == 0 || triplets_met();
@@ -385,7 +377,7 @@ class BlockKrylov {
     return *std::max_element(residual_.begin(), residual_.end()) <= options_.residual_tolerance * sigma_[0];
   }
 
-  TruncatedSvd<T> deliver() {
+  [[gnu::cold]] TruncatedSvd<T> deliver() {
     for (Index i = 0; i < k_; ++i) {
       const double sigma = M_.unscaled(sigma_[std::size_t(i)]);
       result_.S.push_back(T(sigma));
@@ -407,10 +399,10 @@ class BlockKrylov {
 
   static constexpr double eps = double(std::numeric_limits<T>::epsilon());
 
-  const Op& A_;
+  AnyOperator<T> A_;
   Index k_;
   TruncatedSvdOptions options_;
-  SidedOperator<T, Op> M_;
+  SidedOperator<T> M_;
   std::optional<OrthonormalRows<T>> basis_;
   Matrix<T> Y_, Z_, left_, right_;  // the last two: the triplets' vectors, in rows, on M's left and right
   Matrix<double> T_, coupling_;

@@ -14,11 +14,35 @@ inline constexpr Index few_rows_limit = 4;
 /// Scalars of work below which a second thread costs more than it brings.
 inline constexpr Index few_rows_grain = 32768;
 
+// The odd ends of the two kernels below, for any number of rows: unrolled with their kernels they would be most of the
+// code, and none of the time.
+
+/// c(i, r) = accumulate·c(i, r) + α·(sums(i, r) + Σ_{l ≥ k} P(i, l)·q(r, l)).
+template <class T, class S>
+[[gnu::noinline]] void finish_dots(int rows, int cols, T* sums, const MatrixView<const T>& p, const S* q, Index ldq,
+                                   Index k, T alpha, bool accumulate, T* c, Index ldc) {
+  for (int i = 0; i < rows; ++i)
+    for (int r = 0; r < cols; ++r) {
+      T sum = sums[i * cols + r];
+      for (Index l = k; l < p.cols(); ++l) sum += p(i, l) * T(q[r * ldq + l]);
+      T& out = c[i * ldc + r];
+      out = accumulate ? out + alpha * sum : alpha * sum;
+    }
+}
+/// c(i, j) += Σ_r x(i, r)·q(r, j) for `count` columns.
+template <class T, class S>
+[[gnu::noinline]] void finish_axpys(int rows, int depth, const T* x, const S* q, Index ldq, T* c, Index ldc,
+                                    Index count) {
+  for (Index j = 0; j < count; ++j)
+    for (int i = 0; i < rows; ++i)
+      for (int r = 0; r < depth; ++r) c[i * ldc + j] += x[i * depth + r] * T(q[r * ldq + j]);
+}
+
 /// C(i, j) = accumulate·C(i, j) + α·Σ_k P(i, k)·Q(j, k) for MR rows, Q's rows contiguous (`ldq` apart), P's rows
 /// contiguous. Four rows of Q at a time share the loads of P.
 template <int MR, class T, class S>
-void few_rows_dot(T alpha, MatrixView<const T> p, const S* q, Index ldq, bool accumulate, MatrixView<T> c, Index j0,
-                  Index j1) {
+[[gnu::noinline]] void few_rows_dot(T alpha, MatrixView<const T> p, const S* q, Index ldq, bool accumulate,
+                                    MatrixView<T> c, Index j0, Index j1) {
   constexpr int L = lanes<T>, J = 4;
   const Index depth = p.cols();
   const auto block = [&]<int JR>(Index j) {
@@ -35,13 +59,13 @@ void few_rows_dot(T alpha, MatrixView<const T> p, const S* q, Index ldq, bool ac
         for (int r = 0; r < JR; ++r) acc[i][r] += x * w[r];
       }
     }
-    for (int i = 0; i < MR; ++i)
-      for (int r = 0; r < JR; ++r) {
-        T sum = sum_lanes<T>(acc[i][r]);
-        for (Index l = k; l < depth; ++l) sum += p(i, l) * T(q[(j + r) * ldq + l]);
-        T& out = c(i, j + r);
-        out = accumulate ? out + alpha * sum : alpha * sum;
-      }
+    T sums[MR * JR];
+    LOWRANK_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      LOWRANK_UNROLL
+      for (int r = 0; r < JR; ++r) sums[i * JR + r] = sum_lanes<T>(acc[i][r]);
+    }
+    finish_dots<T>(MR, JR, sums, p, q + j * ldq, ldq, k, alpha, accumulate, &c(0, j), c.row_stride());
   };
   Index j = j0;
   for (; j + J <= j1; j += J) block.template operator()<J>(j);
@@ -51,7 +75,8 @@ void few_rows_dot(T alpha, MatrixView<const T> p, const S* q, Index ldq, bool ac
 /// C(i, j) += α·Σ_k P(i, k)·Q(k, j) for MR rows, Q's rows contiguous (`ldq` apart), for columns [j0, j1) of C, whose
 /// rows are contiguous. Eight rows of Q at a time share the loads and stores of C.
 template <int MR, class T, class S>
-void few_rows_axpy(T alpha, MatrixView<const T> p, const S* q, Index ldq, MatrixView<T> c, Index j0, Index j1) {
+[[gnu::noinline]] void few_rows_axpy(T alpha, MatrixView<const T> p, const S* q, Index ldq, MatrixView<T> c, Index j0,
+                                     Index j1) {
   constexpr int L = lanes<T>, K = 8;
   const Index depth = p.cols();
   const auto block = [&]<int KR>(Index k) {
@@ -72,9 +97,7 @@ void few_rows_axpy(T alpha, MatrixView<const T> p, const S* q, Index ldq, Matrix
       LOWRANK_UNROLL
       for (int i = 0; i < MR; ++i) store(&c(i, j), acc[i]);
     }
-    for (; j < j1; ++j)
-      for (int i = 0; i < MR; ++i)
-        for (int r = 0; r < KR; ++r) c(i, j) += x[i][r] * T(q[(k + r) * ldq + j]);
+    if (j < j1) finish_axpys<T>(MR, KR, x[0], q + k * ldq + j, ldq, &c(0, j), c.row_stride(), j1 - j);
   };
   Index k = 0;
   for (; k + K <= depth; k += K) block.template operator()<K>(k);
@@ -119,3 +142,13 @@ void few_rows_product(T alpha, MatrixView<const T> p, MatrixView<const S> q, boo
 }
 
 }  // namespace lowrank::detail
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank::detail {
+extern template void few_rows_product(float, MatrixView<const float>, MatrixView<const float>, bool, MatrixView<float>);
+extern template void few_rows_product(double, MatrixView<const double>, MatrixView<const double>, bool,
+                                      MatrixView<double>);
+extern template void few_rows_product(float, MatrixView<const float>, MatrixView<const bf16>, bool, MatrixView<float>);
+extern template void few_rows_product(float, MatrixView<const float>, MatrixView<const f16>, bool, MatrixView<float>);
+}  // namespace lowrank::detail
+#endif

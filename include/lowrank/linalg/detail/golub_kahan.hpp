@@ -22,17 +22,17 @@ namespace lowrank::detail {
 /// **Numerics** the residuals end near eps·σ₁ or where halving stops; the caller measures them.
 /// **Source** Golub, Luk & Overton, ACM TOMS 7 (1981) (the block bidiagonalisation); restarted thickly with the worst
 /// residuals as the next block: Baglama & Reichel, SIAM J. Sci. Comput. 27 (2005).
-template <Real T, class Op>
+template <Real T>
 class GolubKahan {
  public:
   /// Improves the k vectors in the rows of V (domain long) until every ‖Mᵀu − σv‖ ≤ tolerance·σ₁, no progress is made,
   /// or `most` passes of M have been spent; V's rows are replaced.
-  static void refine(SidedOperator<T, Op>& M, Matrix<T>& V, double tolerance, Index most, std::uint64_t seed) {
+  static void refine(SidedOperator<T>& M, Matrix<T>& V, double tolerance, Index most, std::uint64_t seed) {
     GolubKahan(M, V, seed).run(tolerance, most);
   }
 
  private:
-  GolubKahan(SidedOperator<T, Op>& M, Matrix<T>& V, std::uint64_t seed)
+  GolubKahan(SidedOperator<T>& M, Matrix<T>& V, std::uint64_t seed)
       : M_(M),
         V_out_(V),
         k_(V.rows()),
@@ -42,7 +42,7 @@ class GolubKahan {
         U_(capacity_, M.range(), CounterRng(seed, 4)),
         B_(capacity_, capacity_) {}
 
-  void run(double tolerance, Index most) {
+  [[gnu::cold]] void run(double tolerance, Index most) {
     load(V_out_.view());
     double best = std::numeric_limits<double>::infinity();
     while (true) {
@@ -57,7 +57,7 @@ class GolubKahan {
   }
 
   /// M·V for vectors already in V_, its part of U and B.
-  void multiply(Index first, Index n) {
+  [[gnu::cold]] void multiply(Index first, Index n) {
     const MatrixView<T> Y = U_.next(n);
     M_.forward(V_.rows(first, n), Y);
     Matrix<double> C(n, U_.count()), L(n, n);
@@ -68,7 +68,7 @@ class GolubKahan {
       for (Index j = 0; j < n; ++j) B_(old + j, first + i) = L(i, j);
     }
   }
-  void load(MatrixView<const T> V) {
+  [[gnu::cold]] void load(MatrixView<const T> V) {
     V_.resize(0);
     for (Index i = 0; i < k_; ++i) std::copy_n(&V(i, 0), V.cols(), &V_.next(k_)(i, 0));
     V_.resize(k_);
@@ -78,7 +78,7 @@ class GolubKahan {
 
   /// One block more: the residuals Mᵀ·U − V·B of the last U, orthogonalised, are the next V. False when there is no
   /// room.
-  bool expand() {
+  [[gnu::cold]] bool expand() {
     const Index d = V_.count(), n = std::min({block_, capacity_ - d, U_.count()});
     if (n <= 0) return false;
     // After a reduction the last rows of U would be the best triplets; take those whose residuals are largest.
@@ -93,7 +93,7 @@ class GolubKahan {
   }
 
   /// SVD of B: V_ and U_ become the best k triplets, B their values. Returns the largest residual, relative, measured.
-  double reduce() {
+  [[gnu::cold]] double reduce() {
     const Index d = V_.count();
     const Svd<double> s = small_svd<double>(B_.view().block(0, 0, U_.count(), d));
     Matrix<T> P(k_, U_.count()), Q(k_, d);
@@ -123,7 +123,7 @@ class GolubKahan {
     return s.S[0] > 0 ? std::sqrt(worst) / s.S[0] : 0;
   }
 
-  SidedOperator<T, Op>& M_;
+  SidedOperator<T>& M_;
   Matrix<T>& V_out_;
   Index k_, block_, capacity_, worst_ = 0;
   bool fresh_ = true;

@@ -16,17 +16,16 @@ struct ScaledSource {
   [[nodiscard]] Index rows() const { return m.rows(); }
   [[nodiscard]] Index depth() const { return m.cols(); }
 
-  template <int W>
-  void pack(Index i0, Index count, Index k0, Index kc, double* out) const {
+  void pack(int width, Index i0, Index count, Index k0, Index kc, double* out) const {
     const S* src = m.data() + i0 * m.row_stride() + k0 * m.col_stride();
-    constexpr int L = lanes<double>, B = 4;
+    constexpr int L = lanes<double>, B = transpose_bytes / int(sizeof(double));
     if (m.row_stride() == 1) {
       const Index ld = m.col_stride();
-      for (Index k = 0; k < kc; ++k, src += ld, out += W) {
+      for (Index k = 0; k < kc; ++k, src += ld, out += width) {
         Index i = 0;
         for (; i + L <= count; i += L) store(out + i, widen<L>(src + i));
         for (; i < count; ++i) out[i] = scale * double(src[i]);
-        for (; i < W; ++i) out[i] = 0;
+        for (; i < width; ++i) out[i] = 0;
       }
       return;
     }
@@ -35,16 +34,16 @@ struct ScaledSource {
       const S* p = src + i * ld;
       Index k = 0;
       for (; k + B <= kc; k += B) {
-        VecOf<double, 32>::type r[B];
+        VecOf<double, transpose_bytes>::type r[B];
         for (int b = 0; b < B; ++b) r[b] = widen<B>(p + b * ld + k);
         transpose_square<B>(r);
-        for (int b = 0; b < B; ++b) store(out + (k + b) * W + i, r[b]);
+        for (int b = 0; b < B; ++b) store(out + (k + b) * width + i, r[b]);
       }
       for (; k < kc; ++k)
-        for (int b = 0; b < B; ++b) out[k * W + i + b] = scale * double(p[b * ld + k]);
+        for (int b = 0; b < B; ++b) out[k * width + i + b] = scale * double(p[b * ld + k]);
     }
-    for (Index i = whole; i < W; ++i)
-      for (Index k = 0; k < kc; ++k) out[k * W + i] = i < count ? scale * double(src[i * ld + k]) : 0.0;
+    for (Index i = whole; i < width; ++i)
+      for (Index k = 0; k < kc; ++k) out[k * width + i] = i < count ? scale * double(src[i * ld + k]) : 0.0;
   }
 
  private:

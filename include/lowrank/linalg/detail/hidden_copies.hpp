@@ -13,21 +13,21 @@ namespace lowrank::detail {
 // to each other than the iteration can tell apart. It converges with the others missing, and no residual shows it.
 
 /// A·(I − V·Vᵀ): what orthonormal right vectors, the columns of V, leave of A.
-template <Real T, class Op>
+template <Real T>
 class DeflatedOperator {
  public:
   using scalar = T;
-  DeflatedOperator(const Op& A, MatrixView<const T> V) : A_(&A), V_(V) {}
+  DeflatedOperator(AnyOperator<T> A, MatrixView<const T> V) : A_(A), V_(V) {}
 
-  [[nodiscard]] Index rows() const { return A_->rows(); }
-  [[nodiscard]] Index cols() const { return A_->cols(); }
+  [[nodiscard]] Index rows() const { return A_.rows(); }
+  [[nodiscard]] Index cols() const { return A_.cols(); }
   void apply(MatrixView<const T> X, MatrixView<T> Y) const {
     Matrix<T> rest(X);
     project_out(rest.view());
-    A_->apply(std::as_const(rest).view(), Y);
+    A_.apply(std::as_const(rest).view(), Y);
   }
   void apply_adjoint(MatrixView<const T> X, MatrixView<T> Y) const {
-    A_->apply_adjoint(X, Y);
+    A_.apply_adjoint(X, Y);
     project_out(Y);
   }
 
@@ -36,7 +36,7 @@ class DeflatedOperator {
     const Matrix<T> along = multiply<T>(V_.transposed(), X);
     gemm(T(-1), V_, along.view(), X, Update::accumulate);
   }
-  const Op* A_;
+  AnyOperator<T> A_;
   MatrixView<const T> V_;
 };
 
@@ -46,8 +46,8 @@ class DeflatedOperator {
 /// **Cost** each search takes half of the passes so far, at least 16; each one that finds something is followed by
 /// an iteration from all vectors known. **Throws** as truncated_svd. **Source** the deflation and random restart of
 /// Golub & Underwood, "The block Lanczos method for computing eigenvalues" (1977).
-template <Real T, class Op>
-TruncatedSvd<T> with_hidden_copies(const Op& A, TruncatedSvdOptions options, TruncatedSvd<T> found) {
+template <Real T>
+[[gnu::cold]] TruncatedSvd<T> with_hidden_copies(AnyOperator<T> A, TruncatedSvdOptions options, TruncatedSvd<T> found) {
   const Index rank = Index(found.S.size()), most = options.max_passes > 0 ? options.max_passes : 1000;
   const Index count = std::min<Index>(8, std::min<Index>(A.rows(), A.cols()) - rank);
   constexpr double eps = double(std::numeric_limits<T>::epsilon());
@@ -59,10 +59,9 @@ TruncatedSvd<T> with_hidden_copies(const Op& A, TruncatedSvdOptions options, Tru
       found.stopped = StopReason::passes;
       break;
     }
-    const DeflatedOperator<T, Op> rest(A, std::as_const(found.V).view());
+    const DeflatedOperator<T> rest(A, std::as_const(found.V).view());
     const TruncatedSvd<T> more =
-        BlockKrylov<T, DeflatedOperator<T, Op>>(rest, count, {.max_passes = effort, .seed = options.seed + round})
-            .run({});
+        BlockKrylov<T>(rest, count, {.max_passes = effort, .seed = options.seed + round}).run({});
     found.passes += more.passes;
     double gain = 0;  // in energy, of which the search has met most, if the smallest triplets were exchanged for what
                       // has been found
@@ -85,7 +84,7 @@ TruncatedSvd<T> with_hidden_copies(const Op& A, TruncatedSvdOptions options, Tru
       std::copy_n(&more.V(i, 0), count, &start(i, rank));
     }
     const Index spent = found.passes;
-    found = BlockKrylov<T, Op>(A, rank, options).run(std::as_const(start).view());
+    found = BlockKrylov<T>(A, rank, options).run(std::as_const(start).view());
     found.passes += spent;
   }
   return found;

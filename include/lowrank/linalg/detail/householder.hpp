@@ -14,7 +14,7 @@ namespace lowrank::detail {
 /// τ = 0 (H = I) when x is a multiple of e₁ already. Norms run in double, and columns of doubles near the bottom of the
 /// range are scaled up first, so H is orthogonal to eps whatever the size of x.
 template <class T>
-T make_reflector(Index n, T* x) {
+[[gnu::noinline]] T make_reflector(Index n, T* x) {
   if (n <= 1) return T(0);
   double tail = norm2(n - 1, x + 1);
   if (tail == 0) return T(0);
@@ -38,7 +38,7 @@ T make_reflector(Index n, T* x) {
 /// place.
 /// **Source** Schreiber & Van Loan, SIAM J. Sci. Stat. Comput. 10 (1989).
 template <class T>
-void compact_wy(MatrixView<const T> V, const T* tau, MatrixView<T> F) {
+[[gnu::noinline]] void compact_wy(MatrixView<const T> V, const T* tau, MatrixView<T> F) {
   const Index k = V.cols();
   product<T, T, T>(T(1), V.transposed(), V.transposed(), false, F);
   for (Index j = 0; j < k; ++j) {
@@ -55,8 +55,8 @@ void compact_wy(MatrixView<const T> V, const T* tau, MatrixView<T> F) {
 
 /// C ← (I − V·F·Vᵀ)·C, or with Fᵀ (the inverse transform). V m×k, F k×k, C m×n in any order.
 template <class T>
-void apply_block_reflector(MatrixView<const T> V, MatrixView<const T> F, bool inverse, MatrixView<T> C,
-                           Buffer<T>& scratch) {
+[[gnu::cold]] void apply_block_reflector(MatrixView<const T> V, MatrixView<const T> F, bool inverse, MatrixView<T> C,
+                                         Buffer<T>& scratch) {
   const Index k = V.cols(), n = C.cols();
   if (k == 0 || n == 0) return;
   scratch.resize(2 * k * n);
@@ -73,7 +73,7 @@ void apply_block_reflector(MatrixView<const T> V, MatrixView<const T> F, bool in
 /// **Shapes** reflectors r×dim, Zt k×dim, row-major. **Cost** 4·r·k·dim flops at most, 4/3·dim³ when all three are
 /// equal.
 template <class T>
-void form_orthogonal(MatrixView<const T> reflectors, const T* tau, Index offset, MatrixView<T> Zt) {
+[[gnu::cold]] void form_orthogonal(MatrixView<const T> reflectors, const T* tau, Index offset, MatrixView<T> Zt) {
   constexpr Index block = 32;
   const Index r = reflectors.rows(), dim = reflectors.cols(), k = Zt.rows();
   for (Index i = 0; i < k; ++i) {

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "lowrank/core/matrix.hpp"
 #include "lowrank/core/threads.hpp"
@@ -15,12 +16,6 @@
 #include "lowrank/linalg/detail/simd.hpp"
 
 namespace lowrank::detail {
-
-/// Columns of the register tile: NV vectors.
-template <class T>
-inline constexpr int kernel_vectors = 2;
-template <class T>
-inline constexpr int kernel_cols = kernel_vectors<T>* lanes<T>;
 
 /// Depth of a packed block: a panel of kernel_cols × depth stays in a 32 KiB L1.
 template <class T>
@@ -95,21 +90,11 @@ inline void kernel_of_height(int mr, Args... args) {
 }
 
 /// Packs rows [i0, i0 + m) of P as consecutive panels of kernel_height rows.
-template <class T, PanelSource<T> P>
-void pack_rows(const P& source, Index i0, Index m, Index k0, Index kc, T* out) {
+template <class T>
+void pack_rows(const AnySource<T>& source, Index i0, Index m, Index k0, Index kc, T* out) {
   for (Index i = 0; i < m;) {
     const int h = kernel_height(m - i);
-    const auto pack = [&]<int H>() { source.template pack<H>(i0 + i, H, k0, kc, out); };
-    if (h == kernel_rows)
-      pack.template operator()<kernel_rows>();
-    else if (h == 8)
-      pack.template operator()<8>();
-    else if (h == 4)
-      pack.template operator()<4>();
-    else if (h == 2)
-      pack.template operator()<2>();
-    else
-      pack.template operator()<1>();
+    source.pack(h, i0 + i, h, k0, kc, out);
     out += h * kc;
     i += h;
   }
@@ -127,9 +112,9 @@ struct GemmScratch {
 
 /// C = accumulate·C + α·P·Qᵀ for rows [i0, i1) and columns [j0, j1) of a row-major C, on the calling thread.
 /// `upper`: register tiles that lie wholly below C's diagonal are left out.
-template <class T, PanelSource<T> P, PanelSource<T> Q>
-void gemm_block(T alpha, const P& p, const Q& q, bool accumulate, MatrixView<T> c, Index i0, Index i1, Index j0,
-                Index j1, bool upper = false) {
+template <class T>
+[[gnu::noinline]] void gemm_block(T alpha, const AnySource<T>& p, const AnySource<T>& q, bool accumulate,
+                                  MatrixView<T> c, Index i0, Index i1, Index j0, Index j1, bool upper = false) {
   constexpr int NR = kernel_cols<T>, NV = kernel_vectors<T>;
   const Index depth = p.depth(), ldc = c.row_stride();
   const Index blocks = std::max<Index>(1, (depth + block_depth<T> - 1) / block_depth<T>);
@@ -147,12 +132,12 @@ void gemm_block(T alpha, const P& p, const Q& q, bool accumulate, MatrixView<T> 
       const bool add = accumulate || k0 > 0;
       scratch.q.resize(panels * NR * kc);
       for (Index jp = 0; jp < panels; ++jp)
-        q.template pack<NR>(jc + jp * NR, std::min<Index>(NR, nc - jp * NR), k0, kc, scratch.q.data() + jp * NR * kc);
+        q.pack(NR, jc + jp * NR, std::min<Index>(NR, nc - jp * NR), k0, kc, scratch.q.data() + jp * NR * kc);
       for (Index ic = i0; ic < i1; ic += mc_max) {
         if (upper && ic >= jc + nc) break;
         const Index mc = std::min(mc_max, i1 - ic);
         scratch.p.resize(mc * kc);
-        pack_rows<T>(p, ic, mc, k0, kc, scratch.p.data());
+        pack_rows(p, ic, mc, k0, kc, scratch.p.data());
         for (Index jp = 0; jp < panels; ++jp) {
           const T* qp = scratch.q.data() + jp * NR * kc;
           const Index cols = std::min<Index>(NR, nc - jp * NR);
@@ -177,8 +162,9 @@ void gemm_block(T alpha, const P& p, const Q& q, bool accumulate, MatrixView<T> 
 ///
 /// Threads split the columns of C (so each packs its own part of Q, the expensive operand when it is a quantised
 /// weight) unless there are too few of them.
-template <class T, PanelSource<T> P, PanelSource<T> Q>
-void gemm_packed(T alpha, const P& p, const Q& q, bool accumulate, MatrixView<T> c) {
+template <class T>
+void gemm_packed(T alpha, const std::type_identity_t<AnySource<T>>& p, const std::type_identity_t<AnySource<T>>& q,
+                 bool accumulate, MatrixView<T> c) {
   constexpr Index NR = kernel_cols<T>;
   const Index m = c.rows(), n = c.cols();
   const double flops = 2.0 * double(m) * double(n) * double(p.depth());
@@ -200,8 +186,9 @@ void gemm_packed(T alpha, const P& p, const Q& q, bool accumulate, MatrixView<T>
 /// The upper triangle (i ≤ j) of C = accumulate·C + α·P·Qᵀ, C square; what lies below it becomes unspecified.
 ///
 /// Half the work of gemm_packed: for Gram matrices and symmetric updates. Threads take columns of equal area.
-template <class T, PanelSource<T> P, PanelSource<T> Q>
-void gemm_packed_upper(T alpha, const P& p, const Q& q, bool accumulate, MatrixView<T> c) {
+template <class T>
+void gemm_packed_upper(T alpha, const std::type_identity_t<AnySource<T>>& p,
+                       const std::type_identity_t<AnySource<T>>& q, bool accumulate, MatrixView<T> c) {
   constexpr Index NR = kernel_cols<T>;
   const Index n = c.cols(), panels = (n + NR - 1) / NR;
   const double flops = double(n) * double(n) * double(p.depth());
@@ -215,3 +202,14 @@ void gemm_packed_upper(T alpha, const P& p, const Q& q, bool accumulate, MatrixV
 }
 
 }  // namespace lowrank::detail
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank::detail {
+extern template void gemm_packed(float, const AnySource<float>&, const AnySource<float>&, bool, MatrixView<float>);
+extern template void gemm_packed(double, const AnySource<double>&, const AnySource<double>&, bool, MatrixView<double>);
+extern template void gemm_packed_upper(float, const AnySource<float>&, const AnySource<float>&, bool,
+                                       MatrixView<float>);
+extern template void gemm_packed_upper(double, const AnySource<double>&, const AnySource<double>&, bool,
+                                       MatrixView<double>);
+}  // namespace lowrank::detail
+#endif

@@ -21,6 +21,34 @@ concept RowSource = requires(const R& r, Index i, typename R::storage* scratch) 
   { r.ld() } -> std::convertible_to<Index>;
 };
 
+/// Any row source of storage S behind one type; refers to the source, which must outlive it.
+template <class S>
+class AnyRows {
+ public:
+  template <class R>
+  requires(RowSource<R>&& std::same_as<typename R::storage, S>) explicit AnyRows(const R& source)
+      : source_(&source),
+        rows_(source.rows()),
+        cols_(source.cols()),
+        ld_(source.ld()),
+        decodes_(R::decodes),
+        read_([](const void* from, Index i, Index count, S* scratch) {
+          return static_cast<const R*>(from)->read(i, count, scratch);
+        }) {}
+
+  [[nodiscard]] Index rows() const { return rows_; }
+  [[nodiscard]] Index cols() const { return cols_; }
+  [[nodiscard]] Index ld() const { return ld_; }
+  [[nodiscard]] bool decodes() const { return decodes_; }
+  const S* read(Index i, Index count, S* scratch) const { return read_(source_, i, count, scratch); }
+
+ private:
+  const void* source_;
+  Index rows_, cols_, ld_;
+  bool decodes_;
+  const S* (*read_)(const void*, Index, Index, S*);
+};
+
 /// The rows of a row-major matrix, in place, as stored.
 template <class S>
 struct DenseRows {
@@ -114,7 +142,7 @@ struct PanelRows {
   [[nodiscard]] Index cols() const { return panels.depth(); }
   [[nodiscard]] Index ld() const { return panels.depth(); }
   const T* read(Index i0, Index count, T* scratch) const {
-    for (Index i = 0; i < count; ++i) panels.template pack<1>(i0 + i, 1, 0, cols(), scratch + i * cols());
+    for (Index i = 0; i < count; ++i) panels.pack(1, i0 + i, 1, 0, cols(), scratch + i * cols());
     return scratch;
   }
 };

@@ -5,8 +5,8 @@
 #include <cmath>
 #include <limits>
 
+#include "lowrank/linalg/detail/any_operator.hpp"
 #include "lowrank/linalg/detail/vector_ops.hpp"
-#include "lowrank/linalg/linear_operator.hpp"
 #include "lowrank/linalg/operators.hpp"
 
 namespace lowrank::detail {
@@ -19,13 +19,13 @@ namespace lowrank::detail {
 ///
 /// **Throws** NonFiniteError, naming `where`, when a product is not finite. **Cost** that of A's products, and a look
 /// at every result. **Numerics** scaling by powers of two loses nothing but denormal bits.
-template <Real T, class Op>
+template <Real T>
 class SidedOperator {
  public:
-  SidedOperator(const Op& A, GramSide side, const char* where) : A_(&A), side_(side), where_(where) {}
+  SidedOperator(AnyOperator<T> A, GramSide side, const char* where) : A_(A), side_(side), where_(where) {}
 
-  [[nodiscard]] Index domain() const { return side_ == GramSide::right ? A_->cols() : A_->rows(); }
-  [[nodiscard]] Index range() const { return side_ == GramSide::right ? A_->rows() : A_->cols(); }
+  [[nodiscard]] Index domain() const { return side_ == GramSide::right ? A_.cols() : A_.rows(); }
+  [[nodiscard]] Index range() const { return side_ == GramSide::right ? A_.rows() : A_.cols(); }
   [[nodiscard]] GramSide side() const noexcept { return side_; }
   [[nodiscard]] Index passes() const noexcept { return passes_; }
   /// A length measured on M, in A's units: x/c.
@@ -66,12 +66,10 @@ class SidedOperator {
   void adjoint(MatrixView<const T> Y, MatrixView<T> Z) { run(Y, Z, side_ == GramSide::left, true); }
   /// Y = M·X, Z = Mᵀ·Y; in one reading when A can.
   void gram(MatrixView<const T> X, MatrixView<T> Y, MatrixView<T> Z) {
-    if constexpr (HasGram<Op, T>) {
-      if (pre_ == 0 && post_ == 0 && A_->gram_side() == side_) {
-        A_->apply_gram(X.transposed(), Y.transposed(), Z.transposed());
-        ++passes_;
-        return check_products(Z);
-      }
+    if (A_.has_gram() && pre_ == 0 && post_ == 0 && A_.gram_side() == side_) {
+      A_.apply_gram(X.transposed(), Y.transposed(), Z.transposed());
+      ++passes_;
+      return check_products(Z);
     }
     forward(X, Y);
     adjoint(Y, Z);
@@ -99,12 +97,12 @@ class SidedOperator {
         for (Index j = 0; j < X.cols(); ++j) scaled_(i, j) = std::ldexp(X(i, j), pre_);
       in = scaled_.view();
     }
-    direct ? A_->apply(in.transposed(), Y.transposed()) : A_->apply_adjoint(in.transposed(), Y.transposed());
+    direct ? A_.apply(in.transposed(), Y.transposed()) : A_.apply_adjoint(in.transposed(), Y.transposed());
     if (post_ != 0) multiply_by_power(Y, post_);
     if (check) check_products(Y);
   }
 
-  const Op* A_;
+  AnyOperator<T> A_;
   GramSide side_;
   const char* where_;
   int pre_ = 0, post_ = 0;

@@ -10,6 +10,7 @@
 
 #include "lowrank/core/half.hpp"
 #include "lowrank/core/matrix_view.hpp"
+#include "lowrank/linalg/detail/compiled.hpp"
 
 #if !defined(__GNUC__)
 #error "lowrank needs GCC or Clang: its kernels are written in their common vector extension"

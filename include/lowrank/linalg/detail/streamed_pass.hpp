@@ -43,6 +43,28 @@ template <class T>
   return a[0];
 }
 
+// The odd ends of the two kernels below, for any number of rows and vectors.
+
+/// y(i, c) += sums(i, c) + Σ_j w(i, j)·x(c, j).
+template <class T, class S>
+[[gnu::noinline]] void finish_panel_dot(int rows, int vectors, const S* w, Index ldw, const T* x, Index ldx, Index n,
+                                        T* sums, T* y, Index ldy) {
+  for (int i = 0; i < rows; ++i)
+    for (int c = 0; c < vectors; ++c) {
+      T& sum = sums[i * vectors + c];
+      for (Index j = 0; j < n; ++j) sum += T(w[i * ldw + j]) * x[c * ldx + j];
+      y[i * ldy + c] += sum;
+    }
+}
+/// z(c, j) += Σ_i y(i, c)·w(i, j).
+template <class T, class S>
+[[gnu::noinline]] void finish_panel_axpy(int rows, int vectors, const S* w, Index ldw, const T* y, Index ldy, Index n,
+                                         T* z, Index ldz) {
+  for (Index j = 0; j < n; ++j)
+    for (int c = 0; c < vectors; ++c)
+      for (int i = 0; i < rows; ++i) z[c * ldz + j] += y[i * ldy + c] * T(w[i * ldw + j]);
+}
+
 /// y(i, c) += Σ_j w(i, j)·x(c, j) over columns [0, n): MR rows of W (`ldw` apart) against MC vectors (`ldx` apart).
 template <int MR, int MC, class T, class S>
 [[gnu::noinline]] void panel_dot(const S* w, Index ldw, const T* x, Index ldx, Index n, T* y, Index ldy) {
@@ -72,11 +94,7 @@ template <int MR, int MC, class T, class S>
     for (int l = 0; l < L; ++l) part[l] = acc[g * L + l];
     store(sums + g * L, sums_of_lanes<T>(part));
   }
-  for (; j < n; ++j)
-    for (int i = 0; i < MR; ++i)
-      for (int c = 0; c < MC; ++c) sums[i * MC + c] += T(w[i * ldw + j]) * x[c * ldx + j];
-  for (int i = 0; i < MR; ++i)
-    for (int c = 0; c < MC; ++c) y[i * ldy + c] += sums[i * MC + c];
+  finish_panel_dot<T>(MR, MC, w + j, ldw, x + j, ldx, n - j, sums, y, ldy);
 }
 
 /// z(c, j) += Σ_i y(i, c)·w(i, j) over columns [0, n): MR rows of W into MC vectors. `ahead`: rows that will be read
@@ -116,9 +134,7 @@ template <int MR, int MC, class T, class S>
   } else {
     for (; j + L <= n; j += L) columns(j);
   }
-  for (; j < n; ++j)
-    for (int c = 0; c < MC; ++c)
-      for (int i = 0; i < MR; ++i) z[c * ldz + j] += y[i * ldy + c] * T(w[i * ldw + j]);
+  if (j < n) finish_panel_axpy<T>(MR, MC, w + j, ldw, y, ldy, n - j, z + j, ldz);
 }
 
 /// Rows of W a kernel takes at a time: with 4 vectors their 24 products fill the registers, and a vector loaded serves
@@ -151,9 +167,11 @@ inline constexpr Index pass_panel_bytes = 384 * 1024;
 /// Vectors multiplied while W is read once; more are done in several readings, or X and Z would crowd W out of L2.
 inline constexpr Index pass_vectors = 16;
 
-struct NoAdjustment {
-  template <class T>
-  void operator()(Index, Index, Index, T*) const {}
+/// What may change a panel of Y after it is made; see streamed_pass. Empty: nothing does.
+template <class T>
+struct PanelAdjustment {
+  const void* closure = nullptr;
+  void (*call)(const void* closure, Index i0, Index count, Index c0, T* y) = nullptr;
 };
 
 /// Scratch of the thread that starts a pass; grows to the largest pass it has seen and stays.
@@ -174,16 +192,16 @@ struct PassScratch {
 /// pass_vectors of them.
 /// **Numerics** the rows are cut into parts by the shape alone and the parts of Z added in order, so that the bits do
 /// not depend on the number of threads.
-template <Pass What, class T, RowSource Rows, class Adjust = NoAdjustment>
-void streamed_pass(const Rows& W, MatrixView<const T> X, MatrixView<T> Y, MatrixView<T> Z, Adjust&& adjust = {}) {
-  using S = typename Rows::storage;
-  constexpr bool forward = What != Pass::adjoint, adjoint = What != Pass::forward;
+template <class T, class S>
+void streamed_pass_of(Pass what, const AnyRows<S>& W, MatrixView<const T> X, MatrixView<T> Y, MatrixView<T> Z,
+                      PanelAdjustment<T> adjust) {
+  const bool forward = what != Pass::adjoint, adjoint = what != Pass::forward, decodes = W.decodes();
   const Index m = W.rows(), n = W.cols(), b_all = Y.rows(), ldy = pass_vectors;
   const Index panel =
       std::clamp<Index>(pass_panel_bytes / std::max<Index>(1, n * Index(sizeof(S))) / pass_rows, 1, 5) * pass_rows;
   // An even number, so that two threads have the same work.
   const int parts = m < 256 ? 1 : int(std::min<Index>((m + 128) / 256 * 2, 16));
-  const Index decoded_size = Rows::decodes ? (panel * n + 15) / 16 * 16 : 0;
+  const Index decoded_size = decodes ? (panel * n + 15) / 16 * 16 : 0;
   const Index panel_size = panel * ldy + decoded_size, z_size = pass_vectors * n;
   PassScratch<T>& scratch = PassScratch<T>::local();
   scratch.panels.resize(panel_size * parts);
@@ -196,18 +214,19 @@ void streamed_pass(const Rows& W, MatrixView<const T> X, MatrixView<T> Y, Matrix
     };
     const Index ldz_first = adjoint ? Z.row_stride() : 0;
     const auto run = [&](int p) {
-      if constexpr (adjoint)
+      if (adjoint)
         for (Index c = 0; c < b; ++c) std::fill_n(z_of(p, c), n, T(0));
       const Index ldz = p == 0 ? ldz_first : n;
       T* const y = scratch.panels.data() + p * panel_size;
       S* decoded = nullptr;
-      if constexpr (Rows::decodes) decoded = y + panel * ldy;
+      if constexpr (std::same_as<S, T>)  // what is decoded is decoded to T
+        if (decodes) decoded = y + panel * ldy;
       const Index end = m * (p + 1) / parts;
       for (Index i0 = m * p / parts; i0 < end; i0 += panel) {
         const Index rows = std::min(panel, end - i0);
         const S* const w = W.read(i0, rows, decoded);
         const Index ldw = W.ld();
-        if constexpr (forward) {
+        if (forward) {
           std::fill_n(y, rows * ldy, T(0));
           for (Index j = 0; j < n; j += pass_columns) {
             const Index cols = std::min(pass_columns, n - j);
@@ -215,16 +234,16 @@ void streamed_pass(const Rows& W, MatrixView<const T> X, MatrixView<T> Y, Matrix
               panel_dot<MR, MC>(w + i * ldw + j, ldw, &X(c0 + c, j), X.row_stride(), cols, y + i * ldy + c, ldy);
             });
           }
-          adjust(i0, rows, c0, y);
+          if (adjust.call != nullptr) adjust.call(adjust.closure, i0, rows, c0, y);
           for (Index c = 0; c < b; ++c)
             for (Index i = 0; i < rows; ++i) Y(c0 + c, i0 + i) = y[i * ldy + c];
         } else {
           for (Index c = 0; c < b; ++c)
             for (Index i = 0; i < rows; ++i) y[i * ldy + c] = Y(c0 + c, i0 + i);
         }
-        if constexpr (adjoint) {
+        if (adjoint) {
           // What is fetched ahead may lie beyond this part, never beyond W.
-          const bool more = !Rows::decodes && i0 + 2 * panel <= m;
+          const bool more = !decodes && i0 + 2 * panel <= m;
           for (Index j = 0; j < n; j += pass_columns) {
             const Index cols = std::min(pass_columns, n - j);
             in_groups(rows, b, [&]<int MR, int MC>(Index i, Index c) {
@@ -239,7 +258,7 @@ void streamed_pass(const Rows& W, MatrixView<const T> X, MatrixView<T> Y, Matrix
     parallel_parts(std::min(parts, max_threads()), [&](int t, int of) {
       for (int p = parts * t / of; p < parts * (t + 1) / of; ++p) run(p);
     });
-    if constexpr (adjoint)
+    if (adjoint)
       parallel_ranges(n, 1024, [&](Index j0, Index j1) {
         for (Index c = 0; c < b; ++c)
           for (int p = 1; p < parts; ++p) {
@@ -251,19 +270,31 @@ void streamed_pass(const Rows& W, MatrixView<const T> X, MatrixView<T> Y, Matrix
   }
 }
 
+/// As above for any row source, with `adjust` anything to call.
+template <Pass What, class T, RowSource Rows>
+void streamed_pass(const Rows& W, MatrixView<const T> X, MatrixView<T> Y, MatrixView<T> Z) {
+  streamed_pass_of<T>(What, AnyRows<typename Rows::storage>(W), X, Y, Z, {});
+}
+template <Pass What, class T, RowSource Rows, class Adjust>
+void streamed_pass(const Rows& W, MatrixView<const T> X, MatrixView<T> Y, MatrixView<T> Z, const Adjust& adjust) {
+  streamed_pass_of<T>(What, AnyRows<typename Rows::storage>(W), X, Y, Z,
+                      {&adjust, [](const void* closure, Index i0, Index count, Index c0, T* y) {
+                         (*static_cast<const Adjust*>(closure))(i0, count, c0, y);
+                       }});
+}
+
 /// Σ of squares of the elements in double. Not finite when an element is not; for T = float only then.
-template <class T, RowSource Rows>
-double sum_of_squared_rows(const Rows& W) {
-  using S = typename Rows::storage;
+template <class T, class S>
+double sum_of_squares_of(const AnyRows<S>& W) {
   constexpr int L = lanes<double>;
   const Index m = W.rows(), n = W.cols();
   const int parts = int(std::clamp<Index>(m / 32, 1, 64));
   Buffer<double> sums(parts);
-  Buffer<S> scratch(Rows::decodes ? parts * n : 0);
+  Buffer<S> scratch(W.decodes() ? parts * n : 0);
   const auto run = [&](int p) {
     double total = 0;
     for (Index i = m * p / parts; i < m * (p + 1) / parts; ++i) {
-      const S* x = W.read(i, 1, scratch.data() + (Rows::decodes ? p * n : 0));
+      const S* x = W.read(i, 1, scratch.data() + (W.decodes() ? p * n : 0));
       Vec<double> a{}, b{};
       Index j = 0;
       for (; j + 2 * L <= n; j += 2 * L) {
@@ -285,4 +316,26 @@ double sum_of_squared_rows(const Rows& W) {
   return total;
 }
 
+template <class T, RowSource Rows>
+double sum_of_squared_rows(const Rows& W) {
+  return sum_of_squares_of<T>(AnyRows<typename Rows::storage>(W));
+}
+
 }  // namespace lowrank::detail
+
+#if defined(LOWRANK_COMPILED)
+namespace lowrank::detail {
+extern template void streamed_pass_of(Pass, const AnyRows<float>&, MatrixView<const float>, MatrixView<float>,
+                                      MatrixView<float>, PanelAdjustment<float>);
+extern template void streamed_pass_of(Pass, const AnyRows<double>&, MatrixView<const double>, MatrixView<double>,
+                                      MatrixView<double>, PanelAdjustment<double>);
+extern template void streamed_pass_of(Pass, const AnyRows<bf16>&, MatrixView<const float>, MatrixView<float>,
+                                      MatrixView<float>, PanelAdjustment<float>);
+extern template void streamed_pass_of(Pass, const AnyRows<f16>&, MatrixView<const float>, MatrixView<float>,
+                                      MatrixView<float>, PanelAdjustment<float>);
+extern template double sum_of_squares_of<float>(const AnyRows<float>&);
+extern template double sum_of_squares_of<double>(const AnyRows<double>&);
+extern template double sum_of_squares_of<float>(const AnyRows<bf16>&);
+extern template double sum_of_squares_of<float>(const AnyRows<f16>&);
+}  // namespace lowrank::detail
+#endif

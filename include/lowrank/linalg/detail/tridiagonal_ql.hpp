@@ -38,7 +38,8 @@ struct PlaneRotation {
 /// One implicitly shifted sweep over the block [lo, hi] of a tridiagonal matrix, that ends at hi (Step 1, QR) or at lo
 /// (Step −1, QL): the same text, read from the other end.
 template <Index Step, class Rotations>
-void tridiagonal_sweep(double* diagonal, double* off_diagonal, Index lo, Index hi, Rotations& rotations) {
+[[gnu::noinline]] void tridiagonal_sweep(double* diagonal, double* off_diagonal, Index lo, Index hi,
+                                         Rotations& rotations) {
   double *const d = diagonal + (Step > 0 ? lo : hi), *const e = off_diagonal + (Step > 0 ? lo : hi - 1);
   const Index last = hi - lo;
   const auto D = [&](Index i) -> double& { return d[i * Step]; };

@@ -14,7 +14,7 @@ namespace lowrank::detail {
 
 /// Σ x_i·y_i in double.
 template <class T>
-double dot_in_double(Index n, const T* x, const T* y) {
+[[gnu::noinline]] double dot_in_double(Index n, const T* x, const T* y) {
   constexpr int L = lanes<double>;
   const auto wide = [](const T* p) { return __builtin_convertvector(load_as<T, L>(p), Vec<double>); };
   Vec<double> a{}, b{};
@@ -87,7 +87,7 @@ class OrthonormalRows {
   /// The first `count` rows are the set now, whatever it was.
   void resize(Index count) { count_ = count; }
   /// Rows [0, n) ← Q·rows, Q n×count.
-  void rotate(MatrixView<const T> Q) {
+  [[gnu::cold]] void rotate(MatrixView<const T> Q) {
     Matrix<T> rotated(Q.rows(), length());
     gemm(T(1), Q, view(), rotated.view());
     std::copy_n(rotated.data(), rotated.size(), rows_.data());
@@ -100,7 +100,7 @@ class OrthonormalRows {
   /// double and added to. A vector with nothing left of it is replaced by a random direction, and its part of L is
   /// zero. The first round looks only at the vectors from `local` on, for a Z that is orthogonal to those before up to
   /// rounding.
-  void accept(Index b, MatrixView<double> C, MatrixView<double> L, Index local = 0) {
+  [[gnu::cold]] void accept(Index b, MatrixView<double> C, MatrixView<double> L, Index local = 0) {
     const MatrixView<T> Z = next(b);
     Matrix<double> sizes(b, 1), S(b, b), G(b, b);
     for (Index i = 0; i < b; ++i) {
@@ -125,7 +125,7 @@ class OrthonormalRows {
   }
 
   /// Adds b random vectors.
-  void add_random(Index b) {
+  [[gnu::cold]] void add_random(Index b) {
     const MatrixView<T> Z = next(b);
     for (Index i = 0; i < b; ++i) fill_random(&Z(i, 0));
     Matrix<double> C(b, count_), L(b, b);
@@ -137,7 +137,7 @@ class OrthonormalRows {
   static constexpr double lost = std::same_as<T, float> ? 1e-3 : 1e-8;
   static constexpr double noise = 32 * double(std::numeric_limits<T>::epsilon());
 
-  void fill_random(T* z) {
+  [[gnu::noinline]] void fill_random(T* z) {
     // Philox gives any thread any element; the quantile transform is what costs.
     const std::uint64_t first = drawn_;
     parallel_ranges(length(), 4096, [&](Index j0, Index j1) {
@@ -147,7 +147,7 @@ class OrthonormalRows {
   }
 
   /// Z ← Z − (Z·Vᵀ)·V; C += S·(Z·Vᵀ); V the vectors from `first` on.
-  void project(MatrixView<T> Z, MatrixView<const double> S, MatrixView<double> C, Index first = 0) {
+  [[gnu::noinline]] void project(MatrixView<T> Z, MatrixView<const double> S, MatrixView<double> C, Index first = 0) {
     const Index n = count_ - first;
     if (n == 0) return;
     const Index b = Z.rows();
@@ -177,7 +177,8 @@ class OrthonormalRows {
   }
 
   /// Gram–Schmidt vector by vector with as many rounds as it takes; the block so far is Z = S⁻¹·(what came, projected).
-  void accept_one_by_one(Index b, MatrixView<const double> S, MatrixView<double> C, MatrixView<double> L) {
+  [[gnu::cold, gnu::noinline]] void accept_one_by_one(Index b, MatrixView<const double> S, MatrixView<double> C,
+                                                      MatrixView<double> L) {
     const Index old = count_;
     Matrix<double> R(b, b);  // row i: the vector i in terms of the new rows
     for (Index i = 0; i < b; ++i) {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "lowrank/core/matrix_view.hpp"
@@ -30,11 +31,12 @@ inline auto sum_pairwise(const V& v) {
   }
 }
 
+// Out of line, all of them: inlined, they would be most of what a decomposition compiles to.
 // None of these throws; each costs one reading of its operands.
 
 /// Σ x_i·y_i in T, in an order that depends on n alone.
 template <class T>
-T dot(Index n, const T* x, const T* y) {
+[[gnu::noinline]] T dot(Index n, const T* x, const T* y) {
   constexpr int L = lanes<T>;
   Vec<T> a{}, b{}, c{}, d{};
   Index i = 0;
@@ -52,7 +54,7 @@ T dot(Index n, const T* x, const T* y) {
 
 /// y += α·x.
 template <class T>
-void axpy(Index n, T alpha, const T* x, T* y) {
+[[gnu::noinline]] void axpy(Index n, T alpha, const T* x, T* y) {
   constexpr int L = lanes<T>;
   Index i = 0;
   for (; i + L <= n; i += L) store(y + i, load<Vec<T>>(y + i) + alpha * load<Vec<T>>(x + i));
@@ -72,9 +74,18 @@ double lane_sum(Index n, F&& f) {
   return sum;
 }
 
+/// ‖x − σ·y‖₂ in double.
+template <class T>
+[[gnu::noinline]] double distance_to_multiple(Index n, const T* x, double sigma, const T* y) {
+  return std::sqrt(lane_sum(n, [&](Index j) {
+    const double r = double(x[j]) - sigma * double(y[j]);
+    return r * r;
+  }));
+}
+
 /// Σ x_i² in double, of f32, f64, bf16 or f16.
 template <class T>
-double sum_of_squares(Index n, const T* x) {
+[[gnu::noinline]] double sum_of_squares(Index n, const T* x) {
   if constexpr (std::same_as<T, double>) {
     return dot(n, x, x);
   } else {
@@ -95,7 +106,7 @@ double sum_of_squares(Index n, const T* x) {
 
 /// ‖x‖₂ in double; the squares of doubles near the ends of the range are taken of scaled elements. NaN if any is NaN.
 template <class T>
-double norm2(Index n, const T* x) {
+[[gnu::noinline]] double norm2(Index n, const T* x) {
   const double sum = sum_of_squares(n, x);
   if constexpr (std::same_as<T, double>) {
     if (!(sum > 1e-280 && sum < 1e280)) [[unlikely]] {
@@ -109,6 +120,17 @@ double norm2(Index n, const T* x) {
     }
   }
   return std::sqrt(sum);
+}
+
+/// The order that sorts values descending; equal ones keep theirs.
+[[gnu::cold, gnu::noinline]] inline std::vector<Index> descending_order(const std::vector<double>& values) {
+  std::vector<Index> order(values.size());
+  std::iota(order.begin(), order.end(), Index(0));
+  std::sort(order.begin(), order.end(), [&](Index a, Index b) {
+    const double x = values[std::size_t(a)], y = values[std::size_t(b)];
+    return x > y || (x == y && a < b);
+  });
+  return order;
 }
 
 /// ‖m‖_F² in double; one sum a row (or column, as stored), so that its bits do not depend on threads.

@@ -22,7 +22,8 @@ inline float decode_value(const Codebook& book, unsigned code, BlockScale s) {
 }
 
 /// Values of n codes from a byte boundary on, by table lookups of whole groups.
-inline void decode_portable(const Codebook& book, const std::uint8_t* stream, Index n, BlockScale s, float* out) {
+[[gnu::noinline]] inline void decode_portable(const Codebook& book, const std::uint8_t* stream, Index n, BlockScale s,
+                                              float* out) {
   const int bits = book.bits();
   Index i = 0;
   if (bits >= 2 && bits <= 4) {

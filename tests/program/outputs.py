@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "peers"))
 from support import np, read_safetensors, run, tiny_llama, write_safetensors
 
 program = sys.argv[1]

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 
-from support import *
+from scan_support import *
 
 work = tempfile.mkdtemp(prefix="lowrank-report-")
 at = lambda name: os.path.join(work, name)

@@ -13,7 +13,7 @@ import struct
 import subprocess
 import tempfile
 
-from support import *
+from scan_support import *
 
 work = tempfile.mkdtemp(prefix="lowrank-spectra-")
 at = lambda name: os.path.join(work, name)

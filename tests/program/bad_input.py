@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "peers"))
 from support import np, read_safetensors, run, tiny_adapter, tiny_llama, write_safetensors
 
 program = sys.argv[1]

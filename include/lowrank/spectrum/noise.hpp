@@ -135,11 +135,11 @@ namespace detail {
 template <class S>
 const char* median_objection(std::span<const S> sigma, const MarchenkoPastur& law, double scale, double median_level) {
   const auto n = Index(sigma.size());
-  if (n < 8) return "fewer than 8 singular values: too few below the median to check it";
+  if (n < 10) return "fewer than 10 singular values: too few below the median to check it";
   const double slack = (1 + std::sqrt(law.beta())) / std::sqrt(law.median());  // edge over median, of noise
   for (const double share : {0.05, 0.1, 0.25}) {
-    // The smallest two of a square matrix scatter by as much as they measure.
-    const Index from_below = std::max<Index>(3, Index(std::ceil(share * double(n))));
+    // The smallest three of a square matrix scatter by as much as they measure.
+    const Index from_below = std::max<Index>(4, Index(std::ceil(share * double(n))));
     const double value = double(sigma[std::size_t(n - from_below)]);
     const double level = value / (scale * std::sqrt(law.quantile((double(from_below) - 0.5) / double(n))));
     if (level * slack < median_level) return "more than half of the singular values lie above the noise";
@@ -154,8 +154,9 @@ const char* median_objection(std::span<const S> sigma, const MarchenkoPastur& la
 ///
 /// **Shapes** sigma holds all min(m, n) singular values. **Throws** see SingularValueList; ShapeError on another count.
 /// **Numerics** a signal of rank N/10 raises s by some 6 % for a square matrix, 3 % for one of 1:10; one of rank 3N/10
-/// by 24 % and 8 %. Beyond N/2 the median is a signal itself: `determined` is then false, when the values below the
-/// median show it. They cannot where almost none of them is noise and the rest is spread like noise.
+/// by 24 % and 8 %. Beyond N/2 the median is a signal itself: `determined` is then false, as long as the values
+/// below the median show it. For signals from twice the edge on they do while a fifth of all values is noise; where
+/// almost none is, the rest may be spread like noise.
 /// **Source** arXiv 1305.5870, §III-E.
 template <SingularValueList S>
 NoiseEstimate estimate_noise(const S& sigma, Index rows, Index cols) {

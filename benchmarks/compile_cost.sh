@@ -3,10 +3,11 @@
 # What including lowrank costs a translation unit, beside what its users include anyway. Prints the table of
 # docs/compile-cost.md: CPU seconds, best of RUNS (default 3), and the ratio to Eigen/Core by the same compiler.
 #   bash benchmarks/compile_cost.sh [COMPILER...]     default: g++ and clang++, as far as they are there
-# Environment: FLAGS (default -std=c++20 -O2), EIGEN (default /usr/include/eigen3).
+# A row that ends in "compiled" is the same file as a user of lowrank::compiled compiles it (LOWRANK_COMPILED).
+# Environment: FLAGS (default: those we recommend, -std=c++20 -O3 -march=native -fopenmp), EIGEN (default /usr/include/eigen3).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-runs=${RUNS:-3} flags=${FLAGS:--std=c++20 -O2}
+runs=${RUNS:-3} flags=${FLAGS:--std=c++20 -O3 -march=native -fopenmp}
 compilers=("$@")
 if ((${#compilers[@]} == 0)); then
   for c in g++ clang++; do if command -v $c > /dev/null; then compilers+=($c); fi; done
@@ -16,6 +17,11 @@ trap 'rm -rf "$work"' EXIT
 
 names=() sources=()
 row() { names+=("$1"); sources+=("$2"); }
+both() {  # the row as it is, and over the compiled library
+  row "$1" "$2"
+  row "the same, compiled" "#define LOWRANK_COMPILED
+$2"
+}
 row '`<vector>`, `<string>`, `<cmath>`, `<algorithm>`' '#include <algorithm>
 #include <cmath>
 #include <string>
@@ -33,8 +39,20 @@ void f(lowrank::LoraLinear<float>& l, const M& x, M& y, lowrank::LoraWorkspace<f
 row '`lowrank/eigen.hpp`' '#include "lowrank/eigen.hpp"'
 row '`lowrank/quant/quantised_matrix.hpp`' '#include "lowrank/quant/quantised_matrix.hpp"'
 row '`lowrank/init/pissa.hpp`' '#include "lowrank/init/pissa.hpp"'
-row '`lowrank/init/pissa.hpp`, `pissa` of a float matrix' '#include "lowrank/init/pissa.hpp"
+both '`lowrank/init/pissa.hpp`, `pissa` of a float matrix' '#include "lowrank/init/pissa.hpp"
 auto f(const lowrank::Matrix<float>& w) { return lowrank::pissa(w, {.rank = 8}); }'
+both '`lowrank/init/loftq.hpp`, `loftq` of a float matrix' '#include "lowrank/init/loftq.hpp"
+auto f(const lowrank::Matrix<float>& w) { return lowrank::loftq(w, {.rank = 8}); }'
+both '`LoraLinear` over a `QuantisedMatrix`, forward and backward' '#include "lowrank/adapter/lora.hpp"
+#include "lowrank/quant/quantised_matrix.hpp"
+using M = lowrank::Matrix<float>;
+void f(lowrank::LoraLinear<float, lowrank::QuantisedMatrix<float>>& l, const M& x, M& y, M& dx,
+       lowrank::LoraWorkspace<float>& ws) {
+  l.forward(x, y, ws);
+  l.backward(x, y, ws, dx);
+}'
+both '`lowrank/spectrum/intruders.hpp`, `find_intruders` in two float matrices' '#include "lowrank/spectrum/intruders.hpp"
+auto f(const lowrank::Matrix<float>& w, const lowrank::Matrix<float>& t) { return lowrank::find_intruders(w, t); }'
 row '`Eigen/SVD`, one `BDCSVD<MatrixXf>`' '#include <Eigen/SVD>
 auto f(const Eigen::MatrixXf& w) { return Eigen::BDCSVD<Eigen::MatrixXf>(w, 20).singularValues().eval(); }'
 row '`lowrank/lowrank.hpp`, everything on Eigen' '#include "lowrank/lowrank.hpp"'

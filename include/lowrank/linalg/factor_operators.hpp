@@ -200,7 +200,8 @@ requires(!MatrixLike<const Op&>) UpdatedOperator<Op> updated_operator(const Op& 
 }
 /// As above for a matrix-like W, which must outlive it too.
 template <MatrixLike X>
-auto updated_operator(X&& W, const LoraFactors<arithmetic_of<scalar_of<X>>>& f) {
+UpdatedOperator<DenseOperator<arithmetic_of<scalar_of<X>>, scalar_of<X>>> updated_operator(
+    X&& W, const LoraFactors<arithmetic_of<scalar_of<X>>>& f) {
   return updated_operator(dense_operator(W), f);
 }
 /// Factors that die at the end of the expression. Name them, then pass them.

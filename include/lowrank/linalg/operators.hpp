@@ -122,29 +122,37 @@ std::pair<MatrixView<const S>, GramSide> contiguous_rows(MatrixView<const S> w) 
 }
 }  // namespace detail
 
+/// What the functions below make. The rows they read are internal; a user names the operator.
+template <Real T, class S>
+using DenseOperator = StreamedOperator<T, detail::DenseRows<S>>;
+template <Real T, class S1, class S0>
+using DifferenceOperator = StreamedOperator<T, detail::DifferenceRows<T, S1, S0>>;
+template <Real T, class Rows>
+using ScaledOperator = StreamedOperator<T, detail::ScaledRows<T, Rows>>;
+
 /// A dense matrix in any order, stored as S, used as T. Two-byte storage is widened in registers; W is never copied.
 template <Real T, class S>
-requires StorageOf<S, T>
-auto dense_operator(MatrixView<const S> W) {
+requires StorageOf<S, T> DenseOperator<T, S> dense_operator(MatrixView<const S> W) {
   const auto [rows, side] = detail::contiguous_rows(W);
-  return StreamedOperator<T, detail::DenseRows<S>>({rows}, side);
+  return DenseOperator<T, S>({rows}, side);
 }
 
 /// As above for matrix-like things, which must outlive the operator; T is double for double, else float.
 template <MatrixLike X>
-auto dense_operator(X&& W) {
+DenseOperator<arithmetic_of<scalar_of<X>>, scalar_of<X>> dense_operator(X&& W) {
   using S = scalar_of<X>;
   return dense_operator<arithmetic_of<S>, S>(detail::const_view_of(W));
 }
 template <Real T, MatrixLike X>
-requires StorageOf<scalar_of<X>, T>
-auto dense_operator(X&& W) { return dense_operator<T, scalar_of<X>>(detail::const_view_of(W)); }
+requires StorageOf<scalar_of<X>, T> DenseOperator<T, scalar_of<X>> dense_operator(X&& W) {
+  return dense_operator<T, scalar_of<X>>(detail::const_view_of(W));
+}
 
 /// W₁ − W₀, subtracted in T after widening: the update a fine-tuning made. Storages and orders may differ.
 /// **Throws** ShapeError when the shapes differ.
 template <Real T, class S1, class S0>
-requires StorageOf<S1, T> && StorageOf<S0, T>
-auto difference_operator(MatrixView<const S1> tuned, MatrixView<const S0> base) {
+requires StorageOf<S1, T> && StorageOf<S0, T> DifferenceOperator<T, S1, S0> difference_operator(
+    MatrixView<const S1> tuned, MatrixView<const S0> base) {
   detail::expect_shape("difference_operator", "base", base.rows(), base.cols(), tuned.rows(), tuned.cols());
   const auto [rows, side] = detail::contiguous_rows(tuned);
   using Source = detail::DifferenceRows<T, S1, S0>;
@@ -154,7 +162,8 @@ auto difference_operator(MatrixView<const S1> tuned, MatrixView<const S0> base) 
 /// As above for matrix-like things, which must outlive the operator; T is double for double, else float.
 template <MatrixLike X, MatrixLike Y>
 requires std::same_as<arithmetic_of<scalar_of<X>>, arithmetic_of<scalar_of<Y>>>
-auto difference_operator(X&& tuned, Y&& base) {
+    DifferenceOperator<arithmetic_of<scalar_of<X>>, scalar_of<X>, scalar_of<Y>> difference_operator(X&& tuned,
+                                                                                                    Y&& base) {
   using S1 = scalar_of<X>;
   using S0 = scalar_of<Y>;
   return difference_operator<arithmetic_of<S1>, S1, S0>(detail::const_view_of(tuned), detail::const_view_of(base));
@@ -162,7 +171,7 @@ auto difference_operator(X&& tuned, Y&& base) {
 
 /// diag(d)·A of a streamed operator. **Throws** ShapeError unless d has A.rows() elements.
 template <Real T, class Rows>
-auto row_scaled(const StreamedOperator<T, Rows>& A, std::span<const T> d) {
+ScaledOperator<T, Rows> row_scaled(const StreamedOperator<T, Rows>& A, std::span<const T> d) {
   if (Index(d.size()) != A.rows())
     throw ShapeError(detail::text("row_scaled: expected ", A.rows(), " factors, got ", d.size()));
   using Source = detail::ScaledRows<T, Rows>;
@@ -172,7 +181,7 @@ auto row_scaled(const StreamedOperator<T, Rows>& A, std::span<const T> d) {
 
 /// A·diag(d) of a streamed operator. **Throws** ShapeError unless d has A.cols() elements.
 template <Real T, class Rows>
-auto column_scaled(const StreamedOperator<T, Rows>& A, std::span<const T> d) {
+ScaledOperator<T, Rows> column_scaled(const StreamedOperator<T, Rows>& A, std::span<const T> d) {
   if (Index(d.size()) != A.cols())
     throw ShapeError(detail::text("column_scaled: expected ", A.cols(), " factors, got ", d.size()));
   using Source = detail::ScaledRows<T, Rows>;

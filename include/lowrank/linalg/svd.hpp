@@ -79,9 +79,9 @@ template <class T, class S>
 /// those.
 /// **Source** Golub & Kahan (1965), Demmel & Kahan (1990), Chan (1982).
 template <MatrixLike X>
-auto svd(X&& W) {
+Svd<arithmetic_of<scalar_of<X>>> svd(X&& W) {
   using S = scalar_of<X>;
-  using T = std::conditional_t<Real<S>, S, float>;
+  using T = arithmetic_of<S>;
   const MatrixView<const S> view = view_of(W);
   return detail::svd_of<T, S>(view, detail::checked_max_abs("svd", "W", view));
 }

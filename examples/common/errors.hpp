@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -16,6 +17,13 @@ inline constexpr int failed = 1;    ///< the input or the machine was not as exp
 inline constexpr int usage = 2;     ///< the command line was wrong
 inline constexpr int diverged = 3;  ///< the rest was done, but a training diverged
 }  // namespace exit_code
+
+/// A command line that makes no sense: an unknown name, a value out of range, options that do not go together or have
+/// no use. The program ends with exit_code::usage.
+class UsageError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
 
 /// Prints "PROGRAM: error: MESSAGE" on stderr, on one line whatever the message holds, over an open progress bar; gives
 /// `code` back.

@@ -47,8 +47,4 @@ void save_adapter(const std::string& directory, const Adaptation& adaptation, Mo
 /// base's directory or lies in it, by whatever name, or holds symbolic links to the base's files.
 void check_apart(const std::string& option, const std::string& path, const std::string& base);
 
-/// Throws lowrank::IoError when a checkpoint of the source's layout cannot be saved to the folder: it holds a
-/// model.safetensors, which readers would take for the shards to be written.
-void check_layout(const std::string& folder, const std::shared_ptr<const Source>& source);
-
 }  // namespace llama

@@ -2,7 +2,9 @@
 #include "methods.hpp"
 
 #include <algorithm>
+#include <cmath>
 
+#include "common/errors.hpp"
 #include "lowrank/init/kaiming.hpp"
 #include "lowrank/init/olora.hpp"
 #include "lowrank/init/pissa.hpp"
@@ -26,6 +28,27 @@ const std::vector<MethodInfo>& known_methods() {
   return methods;
 }
 
+const MethodInfo* find_method(const std::string& name) {
+  for (const MethodInfo& m : known_methods())
+    if (m.name == name) return &m;
+  return nullptr;
+}
+
+int MethodInfo::stored_bits(const std::string& name) {
+  return name.ends_with('4') || name.ends_with('2') ? name.back() - '0' : 0;
+}
+
+double default_rate(const MethodInfo& method, Index parameters) {
+  constexpr double demo = 804e3, large = 7e9;
+  const double larger = double(parameters) / demo;
+  if (larger <= 1) return method.learning_rate;
+  const double at_large = method.adapts() ? method.learning_rate / 50 : 2e-5;
+  const double power = std::log(at_large / method.learning_rate) / std::log(large / demo);
+  const double rate = method.learning_rate * std::pow(larger, power);
+  const double unit = std::pow(10, std::floor(std::log10(rate)) - 1);  // two digits: what is printed is what is used
+  return std::round(rate / unit) * unit;
+}
+
 std::uint64_t stream_of(const std::string& module) { return hash_bytes(module); }
 
 Recipe<float> train_everything() {
@@ -41,13 +64,12 @@ Recipe<float> train_everything() {
 Adaptation::Adaptation(const ModelConfig& config, const Weights<float>& base, const std::string& method,
                        const MethodOptions& options)
     : config_(config), base_(&base), method_(method), options_(options) {
-  const auto& methods = known_methods();
-  if (std::none_of(methods.begin(), methods.end(), [&](const MethodInfo& m) { return m.name == method; })) {
-    std::string names;
-    for (const MethodInfo& m : methods) names += (names.empty() ? "" : ", ") + m.name;
-    throw lowrank::ArgumentError("unknown method '" + method + "', expected one of " + names);
+  if (find_method(method) == nullptr) {
+    std::vector<std::string> names;
+    for (const MethodInfo& m : known_methods()) names.push_back(m.name);
+    throw lowrank::ArgumentError(common::unknown("method", method, names));
   }
-  if (method_.ends_with('4') || method_.ends_with('2')) bits_ = method_.back() - '0';
+  bits_ = MethodInfo::stored_bits(method_);
   if (method_ == "full") {
     summary_ = "training every weight";
     return;

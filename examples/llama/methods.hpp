@@ -31,9 +31,19 @@ struct MethodOptions {
 /// What --method takes, with a line about each.
 struct MethodInfo {
   std::string name, what;
-  double learning_rate;  ///< default peak; docs/demo.md says how it was chosen
+  double learning_rate;  ///< peak for the demo's model; docs/demo.md says how it was chosen
+  [[nodiscard]] bool adapts() const { return name != "full"; }            ///< has adapters
+  [[nodiscard]] bool quantises() const { return stored_bits(name) > 0; }  ///< its base is stored in few bits
+  static int stored_bits(const std::string& name);                        ///< 4 of "qlora4"; 0 of "lora"
 };
 const std::vector<MethodInfo>& known_methods();
+/// Null when there is none of that name.
+const MethodInfo* find_method(const std::string& name);
+
+/// The method's peak rate for a model of that many parameters: the demo's where the model is no larger, falling from
+/// there by a power of the size to what is usual at 7 billion: 2e-5 for full fine-tuning, a fiftieth of the demo's
+/// (LoRA 2e-4) for adapters. A start, not the best rate of any model: that is what a sweep is for.
+double default_rate(const MethodInfo& method, Index parameters);
 
 /// One adaptation of one base. The base's weights must outlive it and the models made from it.
 class Adaptation {

@@ -6,6 +6,8 @@
 #include <cstdarg>
 #include <cstdio>
 #include <filesystem>
+#include <map>
+#include <utility>
 
 #include "lowrank/io/file.hpp"
 #include "lowrank/spectrum/metrics.hpp"
@@ -48,7 +50,19 @@ std::vector<KindRanks> by_kind(const std::vector<Adaptation::Change>& changes) {
   return kinds;
 }
 
-Index noise_r90(Index rows, Index cols) { return lowrank::energy_rank(lowrank::noise_spectrum(rows, cols, 1), 0.9); }
+/// Kept: the files are written after every method, and a model has few shapes.
+Index noise_r90(Index rows, Index cols) {
+  static std::map<std::pair<Index, Index>, Index> known;
+  const auto [at, is_new] = known.try_emplace({rows, cols}, 0);
+  if (is_new) at->second = lowrank::energy_rank(lowrank::noise_spectrum(rows, cols, 1), 0.9);
+  return at->second;
+}
+
+void create(const std::string& directory) {
+  std::error_code error;
+  std::filesystem::create_directories(directory, error);
+  if (error) throw lowrank::IoError(directory, "cannot be created: " + error.message());
+}
 
 std::string parameters_text(Index n) {
   return n >= 1000000 ? format("%.2f M", double(n) * 1e-6)
@@ -71,6 +85,11 @@ void print_losses(const std::vector<Result>& results, bool with_source) {
     if (&r == &base) {
       std::printf("  %-12s %12s %10s %8s %11.3f %11s %11s %9s %9s\n", r.method.c_str(), "-", "-", "-", r.target_loss,
                   old.c_str(), "-", "-", "-");
+      continue;
+    }
+    if (r.diverged_at > 0) {
+      std::printf("  %-12s %12s %10.2g %8.3f    diverged at step %td\n", r.method.c_str(),
+                  parameters_text(r.trainable).c_str(), r.learning_rate, r.first_loss, r.diverged_at);
       continue;
     }
     const std::string forgetting = with_source ? format("%+.3f", r.source_loss - base.source_loss) : "-";
@@ -107,20 +126,19 @@ void print_ranks(const std::vector<Result>& results, Index rank) {
   }
 }
 
-void write_files(const std::string& directory, const std::vector<Result>& results, Index rank) {
-  std::error_code error;
-  std::filesystem::create_directories(directory, error);
-  if (error) throw lowrank::IoError(directory, "cannot be created: " + error.message());
+std::vector<std::string> write_files(const std::string& directory, const std::vector<Result>& results, Index rank) {
+  create(directory);
   std::string table =
       "method,learning_rate,trainable_parameters,new_domain_loss,old_domain_loss,forgetting,first_loss,init_s,train_s,"
       "ms_per_step,"
-      "tokens_per_s\n";
+      "tokens_per_s,status\n";
   std::string ranks = "method,module,rows,cols,r90,noise_r90,adapter_rank,relative_norm\n",
               losses = "method,step,loss\n";
   for (const Result& r : results) {
-    table += format("%s,%g,%td,%.6f,%.6f,%.6f,%.6f,%.3f,%.3f,%.3f,%.1f\n", r.method.c_str(), r.learning_rate,
+    table += format("%s,%g,%td,%.6f,%.6f,%.6f,%.6f,%.3f,%.3f,%.3f,%.1f,%s\n", r.method.c_str(), r.learning_rate,
                     r.trainable, r.target_loss, r.source_loss, r.source_loss - results.front().source_loss,
-                    r.first_loss, r.init_seconds, r.training.seconds, r.training.step_ms, r.training.tokens_per_second);
+                    r.first_loss, r.init_seconds, r.training.seconds, r.training.step_ms, r.training.tokens_per_second,
+                    r.diverged_at > 0 ? "diverged" : "ok");
     for (const auto& c : r.changes)
       ranks += format("%s,%s,%td,%td,%td,%td,%td,%.6g\n", r.method.c_str(), c.module.c_str(), c.rows, c.cols,
                       lowrank::energy_rank(c.sigma, 0.9), noise_r90(c.rows, c.cols), rank, c.relative_norm);
@@ -128,10 +146,51 @@ void write_files(const std::string& directory, const std::vector<Result>& result
       losses += format("%s,%zu,%.6f\n", r.method.c_str(), step, r.training.losses[step]);
   }
   const std::string base = directory + "/";
-  lowrank::io::write_text(base + "results.csv", table);
-  lowrank::io::write_text(base + "ranks.csv", ranks);
-  lowrank::io::write_text(base + "losses.csv", losses);
-  std::printf("\nWritten: %sresults.csv, %sranks.csv, %slosses.csv\n", base.c_str(), base.c_str(), base.c_str());
+  const std::vector<std::pair<std::string, const std::string*>> files{
+      {base + "ranks.csv", &ranks}, {base + "losses.csv", &losses}, {base + "results.csv", &table}};
+  std::vector<std::string> paths;
+  for (const auto& [path, text] : files) {
+    lowrank::io::write_text(path, *text);
+    paths.push_back(path);
+  }
+  return paths;
+}
+
+void print_sweep(const std::vector<Trial>& trials, const std::vector<std::string>& methods,
+                 const std::vector<double>& rates, Index steps) {
+  const auto find = [&](const std::string& method, double rate) {
+    const auto at = std::find_if(trials.begin(), trials.end(),
+                                 [&](const Trial& t) { return t.method == method && t.learning_rate == rate; });
+    return at == trials.end() ? nullptr : &*at;
+  };
+  std::printf("Validation loss on the new domain after %td steps\n\n  %-12s", steps, "method");
+  for (const double rate : rates) std::printf(" %9.2g", rate);
+  std::printf("\n");
+  std::string best;
+  for (const std::string& method : methods) {
+    std::printf("  %-12s", method.c_str());
+    const Trial* lowest = nullptr;
+    for (const double rate : rates) {
+      const Trial* t = find(method, rate);
+      std::printf(" %9s", t == nullptr ? "" : t->diverged_at > 0 ? "diverged" : format("%.4f", t->loss).c_str());
+      if (t != nullptr && t->diverged_at == 0 && (lowest == nullptr || t->loss < lowest->loss)) lowest = t;
+    }
+    std::printf("\n");
+    if (lowest == nullptr) continue;
+    best += format("%s%s=%g", best.empty() ? "" : ",", method.c_str(), lowest->learning_rate);
+  }
+  if (!best.empty()) std::printf("\nLowest: --lr %s\n", best.c_str());
+}
+
+std::string write_sweep(const std::string& directory, const std::vector<Trial>& trials, Index steps) {
+  create(directory);
+  std::string table = "method,learning_rate,steps,validation_loss,status,diverged_at_step\n";
+  for (const Trial& t : trials)
+    table +=
+        format("%s,%g,%td,%.6f,%s,%s\n", t.method.c_str(), t.learning_rate, steps, t.loss,
+               t.diverged_at > 0 ? "diverged" : "ok", t.diverged_at > 0 ? format("%td", t.diverged_at).c_str() : "");
+  lowrank::io::write_text(directory + "/sweep.csv", table);
+  return directory + "/sweep.csv";
 }
 
 }  // namespace llama

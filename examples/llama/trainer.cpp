@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "trainer.hpp"
 
-#include <unistd.h>
-
 #include <chrono>
+#include <cmath>
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
+#include <limits>
 #include <numeric>
 
+#include "common/progress.hpp"
+#include "common/text.hpp"
 #include "corpus.hpp"
 
 namespace llama {
@@ -39,48 +41,12 @@ void throw_if_interrupted() {
   if (interrupt_requested()) throw Interrupted("interrupted");
 }
 
-Progress::Progress(std::string label, Index steps, Index tokens_per_step, Index before)
-    : label_(std::move(label)),
-      steps_(steps),
-      tokens_per_step_(tokens_per_step),
-      before_(before),
-      terminal_(::isatty(STDERR_FILENO) != 0),
-      start_(now()) {}
-
-Progress::~Progress() {
-  if (open_) std::fputc('\n', stderr);
-}
-
-void Progress::update(Index done, double loss) {
-  smoothed_ = done == before_ + 1 ? loss : 0.95 * smoothed_ + 0.05 * loss;
-  const double t = now();
-  const bool last = done == steps_;
-  // Ten redraws a second are smooth; a log wants a line about every quarter of the run.
-  const bool due = terminal_ ? t - drawn_ > 0.1 : done * 4 / steps_ != (done - 1) * 4 / steps_;
-  if (!due && !last) return;
-  drawn_ = t;
-  draw(done, smoothed_, last);
-}
-
-void Progress::draw(Index done, double loss, bool last) {
-  const Index made = done - before_;
-  const double elapsed = now() - start_, rate = double(made * tokens_per_step_) / elapsed;
-  const double left = elapsed / double(made) * double(steps_ - done);
-  if (!terminal_) {
-    std::fprintf(stderr, "%-18s step %5td/%td  loss %.3f  %6.0f tokens/s  %3.0f s left\n", label_.c_str(), done, steps_,
-                 loss, rate, left);
-    return;
-  }
-  constexpr Index width = 24;
-  const Index full = width * done / steps_;
-  std::string bar;
-  for (Index i = 0; i < width; ++i) bar += i < full ? "█" : "░";
-  std::fprintf(stderr, "\r%-18s %s %3td %%  loss %.3f  %6.0f tokens/s  %s%3.0f s \033[K", label_.c_str(), bar.c_str(),
-               100 * done / steps_, loss, rate, last ? "took " : "left ", last ? elapsed : left);
-  std::fflush(stderr);
-  open_ = !last;
-  if (last) std::fputc('\n', stderr);
-}
+Diverged::Diverged(const std::string& label, double rate, Index steps, std::vector<double> losses_so_far)
+    : NonFiniteError(common::text(label, " diverged at step ", std::min(Index(losses_so_far.size()) + 1, steps), " of ",
+                                  steps, ", rate ", rate,
+                                  ": its loss or its gradients are not finite; a lower rate may help")),
+      step(std::min(Index(losses_so_far.size()) + 1, steps)),
+      losses(std::move(losses_so_far)) {}
 
 namespace {
 
@@ -112,14 +78,25 @@ class Run {
   }
 
   void to_the_end() {
-    Progress progress(o_.label, o_.steps, o_.batch * o_.window, at_.step);
+    const auto tokens = [&](Index steps) { return std::uint64_t(steps * o_.batch * o_.window); };
+    common::Progress progress({.label = o_.label,
+                               .items = std::uint64_t(o_.steps),
+                               .item_name = "steps",
+                               .work = tokens(o_.steps),
+                               .work_name = "tokens",
+                               .items_before = std::uint64_t(at_.step),
+                               .work_before = tokens(at_.step),
+                               .plain_lines = 4});
+    std::string loss;
     while (at_.step < o_.steps) {
       stop_if_interrupted();
       step();
       if (o_.after_step) o_.after_step();
       if (at_.step % o_.state.every == 0 || at_.step == o_.steps) keep();
-      progress.update(at_.step, at_.losses.back());
+      loss = smoothed_loss();
+      progress.update(std::uint64_t(at_.step), tokens(at_.step), loss);
     }
+    progress.finish(loss);
   }
 
   [[nodiscard]] TrainResult result(double seconds) const {
@@ -138,11 +115,25 @@ class Run {
     const double begin = now();
     parameters_.zero_gradients();
     const double loss = model_.loss_and_gradients(batch);
-    lowrank::clip_gradients<float>(parameters_.gradients(), o_.clip);
+    const auto diverged = [&] { return Diverged(o_.label, o_.learning_rate, o_.steps, at_.losses); };
+    if (!std::isfinite(loss)) throw diverged();
+    try {
+      lowrank::clip_gradients<float>(parameters_.gradients(), o_.clip);
+    } catch (const lowrank::NonFiniteError&) {
+      throw diverged();
+    }
     adam_.step(parameters_.values(), parameters_.gradients(), rate_(at_.step));
     at_.seconds.push_back(now() - begin);
     at_.losses.push_back(loss);
     ++at_.step;
+  }
+
+  /// A single batch says little.
+  std::string smoothed_loss() {
+    smoothed_ = std::isnan(smoothed_) ? at_.losses.back() : 0.95 * smoothed_ + 0.05 * at_.losses.back();
+    char buffer[32];
+    std::snprintf(buffer, sizeof buffer, "loss %.3f", smoothed_);
+    return buffer;
   }
 
   void keep() {
@@ -177,6 +168,7 @@ class Run {
   lowrank::Schedule rate_;
   Settings settings_;
   Progressed at_;
+  double smoothed_ = std::numeric_limits<double>::quiet_NaN();
 };
 
 }  // namespace

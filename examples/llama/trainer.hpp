@@ -26,21 +26,12 @@ bool interrupt_requested();
 /// Throws Interrupted if a signal came.
 void throw_if_interrupted();
 
-/// One line that shows how far a run is: a bar that redraws itself on a terminal, a plain line now and then elsewhere.
-class Progress {
- public:
-  /// Shows `label`; a step is `tokens_per_step` tokens; a resumed run has `before` steps behind it.
-  Progress(std::string label, Index steps, Index tokens_per_step, Index before = 0);
-  ~Progress();
-  /// After step `done` (1-based) with its loss.
-  void update(Index done, double loss);
-
- private:
-  void draw(Index done, double loss, bool last);
-  std::string label_;
-  Index steps_, tokens_per_step_, before_;
-  bool terminal_, open_ = false;
-  double start_, drawn_ = 0, smoothed_ = 0;
+/// A training whose loss or gradients are no numbers any more; says which, at which step, at which rate. Nothing else
+/// is wrong: what was trained before it stands.
+struct Diverged : lowrank::NonFiniteError {
+  Diverged(const std::string& label, double rate, Index steps, std::vector<double> losses_so_far);
+  Index step;                  ///< 1 the first
+  std::vector<double> losses;  ///< of the steps before, or of all
 };
 
 struct TrainOptions {
@@ -67,9 +58,9 @@ struct TrainResult {
 /// Trains what is trainable in the model.
 ///
 /// With a state file the run is kept there at the start, every so many steps, at the end, and when it is interrupted;
-/// resumed from it, it ends at the bits it would have reached without the stop. Throws lowrank::NonFiniteError when a
-/// gradient blows up, Interrupted after Ctrl-C; lowrank::ArgumentError for a state of other settings, lowrank::IoError
-/// for one that cannot be read or written.
+/// resumed from it, it ends at the bits it would have reached without the stop. Throws Diverged when the loss or a
+/// gradient is not finite, Interrupted after Ctrl-C; lowrank::ArgumentError for a state of other settings,
+/// lowrank::IoError for one that cannot be read or written.
 TrainResult train(Model<float>& model, const std::vector<Token>& tokens, const TrainOptions& options);
 
 /// Mean loss in nats a token over at most `windows` windows spread evenly over the tokens.

@@ -3,13 +3,31 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <charconv>
+#include <limits>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "common/errors.hpp"
 #include "common/text.hpp"
 
 namespace common {
+
+/// Check of an option's whole number, also of one that no 64 bits hold, for which CLI11 takes the nearest.
+inline CLI::Validator whole_number(long long low = std::numeric_limits<long long>::min(),
+                                   long long high = std::numeric_limits<long long>::max()) {
+  return {[=](std::string& given) -> std::string {
+            long long value = 0;
+            const auto [end, error] = std::from_chars(given.data(), given.data() + given.size(), value);
+            if (error == std::errc() && end == given.data() + given.size() && value >= low && value <= high) return {};
+            std::string range;
+            if (low > std::numeric_limits<long long>::min()) range += text(" from ", low);
+            if (high < std::numeric_limits<long long>::max()) range += text(" to ", high);
+            return text("expected a whole number", range, ", got ", given);
+          },
+          ""};
+}
 
 /// The line for a command line that CLI11 refused: the option or subcommand that was most likely meant when one is
 /// unknown, whatever else is missing because of it; else CLI11's own words.

@@ -16,8 +16,6 @@ namespace llama {
 namespace fs = std::filesystem;
 using lowrank::ArgumentError, lowrank::IoError;
 
-namespace detail {
-
 std::size_t first_binary_byte(std::string_view text) {
   if (const std::size_t zero = text.find('\0'); zero != std::string_view::npos) return zero;
   const auto is_control = [](char c) {
@@ -29,8 +27,6 @@ std::size_t first_binary_byte(std::string_view text) {
   if (std::size_t(controls) * 20 <= text.size()) return std::string_view::npos;
   return std::size_t(std::find_if(text.begin(), text.end(), is_control) - text.begin());
 }
-
-}  // namespace detail
 
 namespace {
 
@@ -173,7 +169,7 @@ Corpus load_text(const std::vector<std::string>& paths, const CorpusOptions& opt
       ++report.empty;
       continue;
     }
-    if (const std::size_t at = detail::first_binary_byte(text); at != std::string::npos) {
+    if (const std::size_t at = first_binary_byte(text); at != std::string::npos) {
       if (named)
         throw IoError(
             file, message("expected text, found byte ", int(static_cast<unsigned char>(text[at])), " at offset ", at));

@@ -49,10 +49,7 @@ Batch random_batch(const std::vector<Token>& tokens, Index count, Index window, 
 /// At most `count` windows spread evenly over the tokens, without overlap.
 std::vector<Batch> even_batches(const std::vector<Token>& tokens, Index count, Index window, Index windows_a_batch);
 
-namespace detail {
 /// Offset of the first byte that no text has, or npos: a zero byte, or, where more than one byte in twenty is a control
 /// character, the first of those.
 std::size_t first_binary_byte(std::string_view text);
-}  // namespace detail
-
 }  // namespace llama

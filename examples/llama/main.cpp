@@ -89,8 +89,9 @@ class Comparison {
 
   /// Everything a user can get wrong is found before the first minute of training.
   void prepare() {
+    if (!o_.base.empty()) check_places();
     check_options(o_);
-    check_outputs();
+    if (!o_.save.empty()) check_models();
     clean_up(o_);
     if (o_.base.empty()) {
       base_ = {o_.model, random_weights<float>(o_.model, o_.seed), nullptr};
@@ -107,18 +108,20 @@ class Comparison {
     describe("new domain", target_);
   }
 
-  void check_outputs() const {
-    if (!o_.base.empty()) {
-      if (!o_.checkpoint.empty()) check_apart("--checkpoint", o_.checkpoint, o_.base);
-      if (!o_.save.empty()) check_apart("--save", o_.save, o_.base);
-    }
+  /// Nothing is to be written into the base.
+  void check_places() const {
+    if (!o_.checkpoint.empty()) check_apart("--checkpoint", o_.checkpoint, o_.base);
     if (o_.save.empty()) return;
+    check_apart("--save", o_.save, o_.base);
+    for (const std::string& method : o_.methods) check_apart("--save", o_.save + "/" + method, o_.base);
+  }
+
+  void check_models() const {
     std::vector<std::string> models;
     if (o_.base.empty()) models.emplace_back("base");
     if (o_.sweep.empty()) models.insert(models.end(), o_.methods.begin(), o_.methods.end());
     for (const std::string& model : models) {
       const std::string folder = o_.save + "/" + model;
-      if (!o_.base.empty()) check_apart("--save", folder, o_.base);
       // A run that goes on comes to the models it has saved once more: the same ones.
       if (!o_.overwrite && !o_.resume) common::refuse_existing(folder, "--overwrite");
       check_replaceable(folder);
@@ -155,6 +158,9 @@ class Comparison {
     Result r;
     r.method = "base";
     measure(model, r);
+    if (!std::isfinite(r.target_loss))
+      throw lowrank::NonFiniteError(
+          message("base: its loss on the new domain must be a number to adapt it, got ", r.target_loss));
     if (o_.sample > 0) print_sample("the base", model);
     results_.push_back(std::move(r));
     if (!o_.base.empty()) return;

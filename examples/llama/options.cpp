@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <set>
 
+#include "common/cli.hpp"
 #include "common/errors.hpp"
 #include "common/outputs.hpp"
 #include "common/text.hpp"
@@ -106,12 +107,7 @@ void add_output_options(CLI::App& app, Options& o) {
       ->capture_default_str()
       ->group(group);
   app.add_option("--seed", o.seed, "Same seed, same figures: a whole number from 0")
-      ->check(CLI::Validator(
-          [](std::string& text) {
-            const bool whole = !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
-            return whole ? std::string() : "expected a whole number from 0, got " + text;
-          },
-          ""))
+      ->check(common::whole_number(0))
       ->capture_default_str()
       ->group(group);
 
@@ -256,6 +252,10 @@ void add_options(CLI::App& app, Options& o) {
   add_adaptation_options(app, o);
   add_base_options(app, o);
   add_output_options(app, o);
+  for (const char* name :
+       {"--token-bits", "--window", "--rank", "--steps", "--batch", "--base-steps", "--hidden", "--intermediate",
+        "--layers", "--heads", "--kv-heads", "--head-dim", "--sample", "--eval-windows", "--checkpoint-every"})
+    app.get_option(name)->check(common::whole_number());
 }
 
 void note_given(const CLI::App& app, Options& o) {

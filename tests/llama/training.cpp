@@ -270,7 +270,8 @@ TEST_CASE("what cannot be trained is refused with a reason") {
       Model<float> m(small, base, a.recipe());
     });
   };
-  CHECK(adapt("lara", {}).find("expected one of full, lora, pissa") != std::string::npos);
+  CHECK(adapt("lara", {}).find("did you mean 'lora'?") != std::string::npos);
+  CHECK(adapt("zebra", {}).find("expected one of full, lora, pissa") != std::string::npos);
   CHECK(adapt("lora", {.rank = 0}).find("rank must lie in [1, min(") != std::string::npos);
   CHECK(adapt("pissa", {.rank = 17}).find("rank must lie in [1, min(") != std::string::npos);  // k_proj is 16×32
   CHECK(adapt("lora", {.alpha = -1}).find("alpha must be positive") != std::string::npos);

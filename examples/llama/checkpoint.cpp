@@ -16,7 +16,7 @@ namespace fs = std::filesystem;
 struct Source {
   /// After read_llama_config(), which has refused what is no JSON object.
   explicit Source(const std::string& path)
-      : directory(path), config(io::Json::parse(io::read_text(path + "/config.json"))), tensors(path) {}
+      : directory(path), config(io::read_json_object(path + "/config.json")), tensors(path) {}
   std::string directory;
   io::Json config;  // as it stands in the file: a key nobody here knows goes back unchanged
   io::Checkpoint tensors;

@@ -90,7 +90,7 @@ Matrix<S> folded(const io::TensorView& t) {
   Matrix<S> m;
   const Index rows = t.shape().empty() ? 1 : Index(t.shape()[0]);
   m.resize(rows, rows == 0 ? 0 : t.size() / rows);
-  if (m.size() > 0) std::memcpy(m.data(), t.bytes().data(), t.bytes().size());
+  t.copy_bytes(reinterpret_cast<std::byte*>(m.data()));
   return m;
 }
 
@@ -145,7 +145,7 @@ std::vector<std::byte> merged_bias(const io::TensorView& t, const io::AdapterMod
   return with_stored_type(t, cannot_merge, [&]<class S>(S) {
     using T = arithmetic_of<S>;
     std::vector<S> bias(static_cast<std::size_t>(t.size()));
-    if (!bias.empty()) std::memcpy(bias.data(), t.bytes().data(), t.bytes().size());
+    t.copy_bytes(reinterpret_cast<std::byte*>(bias.data()));
     for (std::size_t i = 0; i < bias.size(); ++i) {
       bias[i] = S(T(bias[i]) + T(m.factors.scale) * T(m.bias[i]));
       if (!std::isfinite(double(bias[i]))) t.fail("is not finite after the merge");
@@ -177,6 +177,10 @@ struct Plan {
         modules(base, true),
         where(match_adapter(o.adapter, adapter, modules, summary)) {}
   [[nodiscard]] const io::TensorView& weight(std::size_t k) const { return modules.weights[where[k]]; }
+  /// Whether the weight lies in×out: as the model's family has it, else as the adapter says.
+  [[nodiscard]] bool in_by_out(std::size_t k) const {
+    return modules.in_by_out(where[k], adapter.config.fan_in_fan_out);
+  }
   [[nodiscard]] Index size(std::size_t k) const {
     const ModuleInfo& info = modules.infos[where[k]];
     return info.rows > 0 ? info.rows * info.cols : weight(k).size();
@@ -187,10 +191,12 @@ void expect_convolution(const Options& o, const io::AdapterModule& m, const io::
   const auto& s = weight.shape();
   Index inner = 1;
   for (std::size_t d = 1; d < s.size(); ++d) inner *= Index(s[d]);
-  if (s.size() != 4 || Index(s[0]) != m.factors.out_features() || inner != m.factors.in_features() ||
-      m.factors.B.cols() != m.factors.rank())
+  const std::string factors = "lora_A " + io::shape_text(m.a_shape) + ", lora_B " + io::shape_text(m.b_shape);
+  if (m.factors.B.cols() != m.factors.rank())
+    throw IoError(o.adapter, m.name, "is a grouped convolution (" + factors + "), which merge does not support");
+  if (s.size() != 4 || Index(s[0]) != m.factors.out_features() || inner != m.factors.in_features())
     throw IoError(o.adapter, m.name,
-                  "is a convolution of another shape, or a grouped one, which merge does not support");
+                  "is a convolution of another shape: the weight is " + io::shape_text(s) + ", " + factors);
 }
 
 void plan_module(const Options& o, Plan& p, std::size_t k) {
@@ -223,6 +229,19 @@ void plan_saved(const Options& o, Plan& p, const io::SavedTensor& t) {
   if (!p.of_tensor.contains(name)) p.replaced[name] = &t;
 }
 
+/// PEFT goes by what a layer is, whatever fan_in_fan_out says; so does the family.
+void note_orientation(Plan& p) {
+  const bool said = p.adapter.config.fan_in_fan_out;
+  if (p.modules.need_fan_in_fan_out(p.where) == said) return;
+  for (std::size_t k = 0; k < p.where.size(); ++k) {
+    if (p.adapter.modules[k].kind != ModuleKind::linear || p.in_by_out(k) == said) continue;
+    p.notes.push_back(std::string("the adapter says fan_in_fan_out ") + (said ? "true" : "false") +
+                      ", but the base, a " + p.modules.config->model_type + ", has its weights " +
+                      (p.in_by_out(k) ? "in x out" : "out x in") + "; that counts");
+    return;
+  }
+}
+
 void make_plan(const Options& o, Plan& p) {
   for (std::size_t k = 0; k < p.where.size(); ++k) plan_module(o, p, k);
   for (const io::SavedTensor& t : p.adapter.saved) plan_saved(o, p, t);
@@ -230,6 +249,7 @@ void make_plan(const Options& o, Plan& p) {
   if (p.adapter.find("model.embed_tokens") != nullptr && !p.base.find("lm_head.weight"))
     p.notes.emplace_back(
         "the output head is tied to the embedding: merging changes both, unmerged only the embedding was adapted");
+  note_orientation(p);
 }
 
 // ---- compute
@@ -276,7 +296,8 @@ PackedMerge packed_merge(const Options& o, Plan& p, Results& results) {
   return {p.base, o.limits(),
           [&p](const std::string& weight) {
             p.check.expect(p.base[weight]);
-            return stored_factors<float>(p.adapter.modules[p.of_tensor.at(weight)], p.adapter.config.fan_in_fan_out);
+            const std::size_t k = p.of_tensor.at(weight);
+            return stored_factors<float>(p.adapter.modules[k], p.in_by_out(k));
           },
           [&p, &results](const std::string& weight, const MergeReport& r) {
             const std::size_t k = p.of_tensor.at(weight);
@@ -309,7 +330,7 @@ std::optional<io::TensorRewrite> rewrite(const Options& o, Plan& p, PackedMerge&
                              MergeReport r;
                              p.check.expect(t);
                              const io::AdapterModule& m = p.adapter.modules[k];
-                             out.write(t.name(), merged(o, t, m, p.adapter.config.fan_in_fan_out, r));
+                             out.write(t.name(), merged(o, t, m, p.in_by_out(k), r));
                              results.modules.push_back({m.name, t.size(), r});
                            }};
 }
@@ -330,7 +351,7 @@ Results simulate(const Options& o, Plan& p) {
       r = packed.report(weight.name());
     } else {
       p.check.expect(weight);
-      (void)merged(o, weight, m, p.adapter.config.fan_in_fan_out, r);
+      (void)merged(o, weight, m, p.in_by_out(k), r);
     }
     weight.drop();
     results.modules.push_back({m.name, p.size(k), r});

@@ -6,11 +6,11 @@
 packages_build=(g++ cmake ninja-build libeigen3-dev)
 # The main job of examples/demo.sh; its prose comes from the package fortunes unless the user brings text.
 packages_demo=("${packages_build[@]}" nlohmann-json3-dev libcli11-dev)
-# The optional parts (io, xtensor, the lowrank program) and the tests.
-packages_test=("${packages_build[@]}" nlohmann-json3-dev libxtensor-dev libcli11-dev doctest-dev)
-# Everything CI does: a second compiler with OpenMP, sanitizers and fuzzer, benchmarks and their peers, the reference.
-packages_ci=("${packages_test[@]}" clang libomp-dev libclang-rt-dev libbenchmark-dev libopenblas-dev liblapacke-dev
-  libspectra-dev doxygen python3-numpy)
+# The optional parts (io, xtensor, the lowrank program) and the tests, those of the programs against numpy among them.
+packages_test=("${packages_build[@]}" nlohmann-json3-dev libxtensor-dev libcli11-dev doctest-dev python3 python3-numpy)
+# Everything CI does: a second compiler with OpenMP, sanitizers and fuzzer, MPI, benchmarks and their peers, the reference.
+packages_ci=("${packages_test[@]}" clang libomp-dev libclang-rt-dev mpi-default-dev libbenchmark-dev libopenblas-dev liblapacke-dev
+  libspectra-dev doxygen)
 # The peers written in JavaScript come through npm, whoever installed it.
 command -v npm > /dev/null || packages_ci+=(nodejs npm)
 
@@ -29,13 +29,16 @@ has_header() {
 has_package() {
   case $1 in
     g++) command -v "${CXX:-c++}" ;;
-    cmake | clang | doxygen | nodejs | npm) command -v "${1/nodejs/node}" ;;
+    cmake | clang | doxygen | nodejs | npm | python3) command -v "${1/nodejs/node}" ;;
     ninja-build) command -v ninja ;;
     libeigen3-dev) has_header eigen3/Eigen/Core || has_header Eigen/Core ;;
     nlohmann-json3-dev) has_header nlohmann/json.hpp ;;
     libxtensor-dev) has_header xtensor/xtensor.hpp || has_header xtensor/containers/xtensor.hpp ;;
     libcli11-dev) has_header CLI/CLI.hpp ;;
     doctest-dev) has_header doctest/doctest.h ;;
+    # Any of the two that tests/CMakeLists.txt asks: a version manager's Python, or the system's.
+    python3-numpy) python3 -c 'import numpy' 2> /dev/null || /usr/bin/python3 -c 'import numpy' 2> /dev/null ;;
+    mpi-default-dev) command -v mpicxx ;;
     *) false ;;
   esac > /dev/null || [[ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2> /dev/null)" == installed* ]]
 }

@@ -59,8 +59,10 @@ requires Real<typename X::Scalar>
 struct ViewTraits<X> {
   static constexpr bool owning = detail::eigen_owns<X>;
 
-  static auto view(X& x) { return make(x.data(), x); }
-  static auto view(const X& x) { return make(x.data(), x); }
+  static MatrixView<std::remove_pointer_t<decltype(std::declval<X&>().data())>> view(X& x) { return make(x.data(), x); }
+  static MatrixView<std::remove_pointer_t<decltype(std::declval<const X&>().data())>> view(const X& x) {
+    return make(x.data(), x);
+  }
 
  private:
   template <class T>
@@ -84,15 +86,23 @@ using EigenMatrix =
                        Eigen::Matrix<std::remove_const_t<T>, Eigen::Dynamic, Eigen::Dynamic,
                                      order == Order::row_major ? Eigen::RowMajor : Eigen::ColMajor>>;
 
+/// What as_eigen makes of a view: a map of either order, one of a named order, and that of a Matrix.
+template <class T>
+using EigenMap =
+    Eigen::Map<EigenMatrix<T, Order::col_major>, Eigen::Unaligned, Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>>;
+template <class T, Order order>
+using EigenOrderedMap = Eigen::Map<EigenMatrix<T, order>, Eigen::Unaligned, Eigen::OuterStride<>>;
+template <class T>
+using EigenMatrixMap = Eigen::Map<EigenMatrix<T, Order::row_major>, Eigen::Aligned64>;
+
 /// A view as an Eigen::Map of either order: strides at run time, for element access and light arithmetic.
 ///
 /// Products of such a map are slow in Eigen, which cannot know that one stride is 1: name the order for those.
 /// **Cost** O(1), no copy.
 template <class T>
-auto as_eigen(MatrixView<T> v) {
-  using Stride = Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>;
-  return Eigen::Map<EigenMatrix<T, Order::col_major>, Eigen::Unaligned, Stride>(v.data(), v.rows(), v.cols(),
-                                                                                Stride(v.col_stride(), v.row_stride()));
+EigenMap<T> as_eigen(MatrixView<T> v) {
+  return EigenMap<T>(v.data(), v.rows(), v.cols(),
+                     Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>(v.col_stride(), v.row_stride()));
 }
 
 /// A view as an Eigen::Map of one order, `as_eigen<Order::row_major>(v)`: inner stride 1 at compile time, as fast as
@@ -100,27 +110,25 @@ auto as_eigen(MatrixView<T> v) {
 ///
 /// **Throws** ShapeError when the view is of the other order; `as_eigen<...>(v.transposed()).transpose()` serves it.
 template <Order order, class T>
-auto as_eigen(MatrixView<T> v) {
+EigenOrderedMap<T, order> as_eigen(MatrixView<T> v) {
   const bool row_major = order == Order::row_major;
   const Index inner_stride = row_major ? v.col_stride() : v.row_stride();
   const Index outer_stride = row_major ? v.row_stride() : v.col_stride();
   if (inner_stride != 1 && (row_major ? v.cols() : v.rows()) > 1) [[unlikely]]
     throw ShapeError(detail::text("as_eigen: expected a ", row_major ? "row" : "column", "-major view, got row stride ",
                                   v.row_stride(), " and column stride ", v.col_stride()));
-  using Stride = Eigen::OuterStride<>;
-  return Eigen::Map<EigenMatrix<T, order>, Eigen::Unaligned, Stride>(v.data(), v.rows(), v.cols(),
-                                                                     Stride(outer_stride));
+  return EigenOrderedMap<T, order>(v.data(), v.rows(), v.cols(), Eigen::OuterStride<>(outer_stride));
 }
 
 /// A lowrank::Matrix as an Eigen::Map, row-major without gaps. The matrix must outlive the map, so temporaries are
 /// refused.
 template <class T>
-auto as_eigen(Matrix<T>& m) {
-  return Eigen::Map<EigenMatrix<T, Order::row_major>, Eigen::Aligned64>(m.data(), m.rows(), m.cols());
+EigenMatrixMap<T> as_eigen(Matrix<T>& m) {
+  return EigenMatrixMap<T>(m.data(), m.rows(), m.cols());
 }
 template <class T>
-auto as_eigen(const Matrix<T>& m) {
-  return Eigen::Map<EigenMatrix<const T, Order::row_major>, Eigen::Aligned64>(m.data(), m.rows(), m.cols());
+EigenMatrixMap<const T> as_eigen(const Matrix<T>& m) {
+  return EigenMatrixMap<const T>(m.data(), m.rows(), m.cols());
 }
 template <class T>
 void as_eigen(Matrix<T>&&) = delete;

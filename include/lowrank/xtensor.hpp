@@ -114,8 +114,8 @@ requires Real<typename X::value_type>
 struct ViewTraits<X> {
   static constexpr bool owning = detail::XtensorKind<X>::owning;
 
-  static auto view(X& x) { return make(x.data(), x); }
-  static auto view(const X& x) { return make(x.data(), x); }
+  static MatrixView<detail::XtensorElement<X>> view(X& x) { return make(x.data(), x); }
+  static MatrixView<detail::XtensorElement<const X>> view(const X& x) { return make(x.data(), x); }
 
  private:
   template <class T>
@@ -149,10 +149,19 @@ template <class ExpressionToEvaluateFirst>
 requires detail::UnevaluatedXtensor<ExpressionToEvaluateFirst>
 void view_of(ExpressionToEvaluateFirst&&) = delete;
 
+/// What as_xtensor makes of a view, and of a Matrix: an adaptor of two dimensions over memory of others.
+template <class T>
+using XtensorMap = decltype(xt::adapt(std::declval<T*>(), std::size_t(), xt::no_ownership(),
+                                      std::declval<const std::array<std::size_t, 2>&>(),
+                                      std::declval<const std::array<std::ptrdiff_t, 2>&>()));
+template <class T>
+using XtensorMatrixMap = decltype(xt::adapt<xt::layout_type::row_major>(
+    std::declval<T*>(), std::size_t(), xt::no_ownership(), std::declval<const std::array<std::size_t, 2>&>()));
+
 /// A view as a two-dimensional xtensor adaptor with the view's strides.
 /// **Cost** O(1), no copy (xtensor's shape bookkeeping aside).
 template <class T>
-auto as_xtensor(MatrixView<T> v) {
+XtensorMap<T> as_xtensor(MatrixView<T> v) {
   const std::array<std::size_t, 2> shape{std::size_t(v.rows()), std::size_t(v.cols())};
   // xtensor wants stride 0 along an extent of 1, or its assignments take the slow road.
   const std::array<std::ptrdiff_t, 2> strides{v.rows() == 1 ? 0 : v.row_stride(), v.cols() == 1 ? 0 : v.col_stride()};
@@ -161,12 +170,12 @@ auto as_xtensor(MatrixView<T> v) {
 
 /// A lowrank::Matrix as a row-major xtensor adaptor. The matrix must outlive it, so temporaries are refused.
 template <class T>
-auto as_xtensor(Matrix<T>& m) {
+XtensorMatrixMap<T> as_xtensor(Matrix<T>& m) {
   const std::array<std::size_t, 2> shape{std::size_t(m.rows()), std::size_t(m.cols())};
   return xt::adapt<xt::layout_type::row_major>(m.data(), std::size_t(m.size()), xt::no_ownership(), shape);
 }
 template <class T>
-auto as_xtensor(const Matrix<T>& m) {
+XtensorMatrixMap<const T> as_xtensor(const Matrix<T>& m) {
   const std::array<std::size_t, 2> shape{std::size_t(m.rows()), std::size_t(m.cols())};
   return xt::adapt<xt::layout_type::row_major>(m.data(), std::size_t(m.size()), xt::no_ownership(), shape);
 }

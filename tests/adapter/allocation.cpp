@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "lowrank/adapter/dora.hpp"
 #include "lowrank/adapter/embedding.hpp"
 #include "lowrank/adapter/linear.hpp"
 #include "lowrank/adapter/lora.hpp"
@@ -50,14 +51,17 @@ TEST_CASE("the second step of a training loop allocates nothing") {
                              std::vector<float>(70));
       LoraLinear<float, DenseBase<float, bf16>> half(DenseBase<float, bf16>(H.view()), f);
       FullLinear<float> full(W);
+      DoraLinear<float> dora(DenseBase<float>(W.view()), f, {.dropout = dropout});
       FlatParameters<float> flat;
       flat.add("e", embedding.parameters());
       flat.add("l", lora.parameters());
       flat.add("h", half.parameters());
       flat.add("f", full.parameters());
+      flat.add("d", dora.parameters());
       flat.pack();
       AdamW<float> adam(flat.size(), {}, lora_plus_groups(flat.table(), 16));
       LoraWorkspace<float> we, wl, wh, wf;
+      DoraWorkspace<float> wd;
       Matrix<float> X(tokens, 90), Y(tokens, 70), dX(tokens, 90);
       const std::vector<std::int32_t> ids(std::size_t(tokens), 3);
       const auto step = [&] {
@@ -69,6 +73,9 @@ TEST_CASE("the second step of a training loop allocates nothing") {
         half.backward(X, Y, wh, dX);
         full.forward(X, Y, wf);
         full.backward(X, Y, wf, dX);
+        dora.forward(X, Y, wd);
+        dora.backward(X, Y, wd, dX);
+        dora.forward(X, Y, wd, Phase::eval);
         embedding.backward(ids, dX, we);
         clip_gradients(flat.gradients(), 1.0);
         adam.step(flat.values(), flat.gradients(), 1e-4);

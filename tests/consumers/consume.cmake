@@ -1,4 +1,5 @@
 # cmake -DROOT=... -DKIND=find_package|bare|blas|compiled|fetch_content|add_subdirectory|plain -DWORK=... -P consume.cmake
+# cmake -DROOT=... -DKIND=strict_NAME -DCOMPILER=... -DSOURCE=file -DFLAGS=-O2 -DWORK=... -P consume.cmake
 cmake_minimum_required(VERSION 3.20)
 set(dir ${WORK}/${KIND})
 file(REMOVE_RECURSE ${dir})
@@ -13,6 +14,14 @@ function(run)
   endif()
   set(output "${output}" PARENT_SCOPE)
 endfunction()
+
+if(KIND MATCHES "^strict")  # under a stranger's warnings, with none of our flags
+  separate_arguments(FLAGS)
+  run(${COMPILER} -std=c++20 -Wall -Wextra -Werror ${FLAGS} -I${ROOT}/include ${SOURCE} -o ${dir}/strict)
+  run(${dir}/strict)
+  message("${output}")
+  return()
+endif()
 
 set(configure ${CMAKE_COMMAND} -G ${GENERATOR} -DCMAKE_MAKE_PROGRAM=${MAKE_PROGRAM} -DCMAKE_CXX_COMPILER=${COMPILER}
               -DCMAKE_BUILD_TYPE=Debug)  # the optimised build is what every other test does

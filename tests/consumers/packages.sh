@@ -54,6 +54,17 @@ expect 0 "Installing libnone-dev" "apt-get install -y -qq --no-install-recommend
 grep -q 'apt-get update' "$stage/log"
 if grep -q sudo "$stage/log"; then exit 1; fi
 
+# numpy is there when a Python has it, whoever installed it.
+machine root apt-get python3
+run need_packages python3 python3-numpy
+expect 0 "" ""
+[[ ! -s $stage/log ]]
+if ! /usr/bin/python3 -c 'import numpy' 2> /dev/null; then
+  stub python3 'exit 1'
+  run need_packages python3 python3-numpy
+  expect 0 "Installing python3-numpy" "install -y -qq --no-install-recommends python3-numpy"
+fi
+
 machine user sudo apt-get
 run need_packages g++ libnone-dev
 expect 0 "Installing g++ libnone-dev" "sudo env DEBIAN_FRONTEND=noninteractive apt-get install"
@@ -74,6 +85,10 @@ expect 1 "no apt-get. Please install what these Debian packages hold: g++ libnon
 machine user cmake ninja c++  # no apt-get, but CMake may know more than we do
 run need_packages g++ cmake ninja-build libnone-dev
 expect 0 "taking it that CMake finds what these Debian packages hold: libnone-dev" ""
+
+# What each script needs: the tests run the programs against numpy, CI runs the scans over MPI.
+[[ $(env -i "$bash" -c 'source "$1"; echo "${packages_test[*]}"' _ "$root/.packages.sh") == *python3-numpy* ]]
+[[ $(env -i PATH=/nowhere "$bash" -c 'source "$1"; echo "${packages_ci[*]}"' _ "$root/.packages.sh") == *mpi-default-dev*npm* ]]
 
 # The scripts all ask here, and nowhere else.
 for script in examples/demo.sh tests/test.sh .ci/run; do

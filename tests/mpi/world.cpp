@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "lowrank/core/balance.hpp"
 #include "lowrank/core/rng.hpp"
 #include "lowrank/linalg/singular_values.hpp"
-#include "lowrank/core/balance.hpp"
 
 using namespace lowrank;
 
@@ -62,10 +62,12 @@ TEST_CASE("gather brings every text to rank 0, whole and in order") {
 
 TEST_CASE("gathers that follow each other at once do not mix") {
   std::vector<std::vector<std::string>> rounds;
-  for (int i = 0; i < 50; ++i) rounds.push_back(world().gather(detail::text(world().rank(), ":", i)));
+  for (int i = 0; i < 50; ++i)
+    rounds.push_back(world().gather(std::to_string(world().rank()) + ":" + std::to_string(i)));
   if (world().rank() == 0)
     for (int i = 0; i < 50; ++i)
-      for (int r = 0; r < world().size(); ++r) CHECK(rounds[std::size_t(i)][std::size_t(r)] == detail::text(r, ":", i));
+      for (int r = 0; r < world().size(); ++r)
+        CHECK(rounds[std::size_t(i)][std::size_t(r)] == std::to_string(r) + ":" + std::to_string(i));
 }
 
 TEST_CASE("a second world neither starts MPI again nor ends it") {

@@ -86,8 +86,14 @@ TEST_CASE("embedding.md: forward and backward") {
 }
 
 TEST_CASE("embedding.md: your optimizer") {
-  OneLayer first, second;
-  auto &q = first.layer, &v = second.layer;
+  struct Start {
+    lowrank::LoraFactors<float> factors;
+  };
+  const std::vector<lowrank::Matrix<float>> weights{test::random_matrix<float>(out, in, 1),
+                                                    test::random_matrix<float>(out, in, 5)};
+  std::vector<Start> starts;
+  for (std::uint64_t seed : {11U, 13U})
+    starts.push_back({{test::random_matrix<float>(4, in, seed), test::random_matrix<float>(out, 4, seed + 1), 0.5F}});
   //@ block
   CHECK(optimised == 2 * 4 * (in + out));
   {
@@ -102,10 +108,12 @@ TEST_CASE("embedding.md: your optimizer") {
   }
   const auto X = test::random_matrix<float>(tokens, in, 7), G = test::random_matrix<float>(tokens, out, 8);
   lowrank::Matrix<float> Y(tokens, out);
-  for (auto* one : {&first, &second}) {
-    one->layer.forward(X, Y, one->ws);
-    one->layer.backward(X, G, one->ws);
+  for (auto& layer : layers) {
+    lowrank::LoraWorkspace<float> ws;
+    layer.forward(X, Y, ws);
+    layer.backward(X, G, ws);
   }
+  auto &q = layers[0], &v = layers[1];
   const lowrank::Matrix<float> before(q.parameters().gradient(0));
   //@ block
   CHECK(test::deviation(q.parameters().gradient(0), before) > 1e-3);

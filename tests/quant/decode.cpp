@@ -68,7 +68,7 @@ TEST_CASE("all 256 bytes through every codebook, by every path, from every start
   for (std::size_t i = 0; i < 256; ++i) stream[i] = std::uint8_t(i * 167);
   for (const Codebook& book : all_codebooks()) {
     CAPTURE(book.name());
-    const detail::BlockScale s{0.37F, book.kind() == CodebookKind::affine ? 3.0F : 0.0F};
+    const BlockScale s{0.37F, book.kind() == CodebookKind::affine ? 3.0F : 0.0F};
     const Index codes = 256 * 8 / book.bits();
     const auto run = [&]<detail::Path P>() {
       Index wrong = 0;

@@ -66,7 +66,7 @@ struct Coded {
   unsigned code;
   double value, margin;
 };
-Coded code(const Codebook& book, double w, detail::BlockScale s) {
+Coded code(const Codebook& book, double w, BlockScale s) {
   if (book.kind() == CodebookKind::table) {
     const float inverse = 1.0F / s.scale, x = float(w) * inverse;
     const unsigned c = s.scale == 0 ? 0 : reference::nearest(book, x);
@@ -81,7 +81,7 @@ Coded code(const Codebook& book, double w, detail::BlockScale s) {
   return {unsigned(std::uint8_t(std::int8_t(r < 128 ? r : r - 256))), value, 0.5 - std::abs(x - r)};
 }
 
-detail::BlockScale block_scale(const Codebook& book, const std::vector<double>& w, Index first, Index length) {
+BlockScale block_scale(const Codebook& book, const std::vector<double>& w, Index first, Index length) {
   float low = 0, high = 0;
   for (Index k = first; k < first + length; ++k) {
     low = std::min(low, float(w[std::size_t(k)]));
@@ -144,7 +144,7 @@ Index compare_with_definition(const Matrix<S>& W, const Matrix<double>& H, const
   for (Index i = 0; i < m; ++i) {
     std::vector<double> w;
     for (const Index j : order) w.push_back(double(W(i, j)));
-    detail::BlockScale scale;
+    BlockScale scale;
     for (Index k = 0; k < n; ++k) {
       const Index j = order[std::size_t(k)];
       const Index block = flat ? (i * n + j) / size : i * q.layout().blocks_per_segment() + j / size;

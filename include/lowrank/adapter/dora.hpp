@@ -192,14 +192,14 @@ class DoraLinear : public FactorParameters<T>, public detail::EvaluateOrCastToMa
   static T ratio(const MatrixView<const T>& m, const DoraWorkspace<T>& ws, Index j) {
     return T(double(m(0, j)) / ws.norms.norms[std::size_t(j)]);
   }
-  [[nodiscard]] std::optional<detail::DropoutMask> mask(bool drops, const DoraWorkspace<T>& ws) const {
+  [[nodiscard]] std::optional<DropoutMask> mask(bool drops, const DoraWorkspace<T>& ws) const {
     if (!drops) return std::nullopt;
     return detail::dropout_mask(options_, parameters_, ws.lora);
   }
   void backward_impl(MatrixView<const T> X, MatrixView<const T> G, DoraWorkspace<T>& ws,
                      std::optional<MatrixView<T>> dX, BackwardOptions options) {
     detail::expect_own_pass("DoraLinear::backward", ws.lora, parameters_, out_features(), in_features(), rank());
-    const std::optional<detail::DropoutMask> dropped = mask(ws.lora.masked, ws);
+    const std::optional<DropoutMask> dropped = mask(ws.lora.masked, ws);
     detail::expect_lora_backward<T>("DoraLinear::backward", base_, rank(), X, G, ws.lora, dX, dropped.has_value());
     if (ws.Z.rows() != G.rows() || ws.Z.cols() != G.cols())
       throw ArgumentError(detail::text("DoraLinear::backward: the workspace must hold an output of ",

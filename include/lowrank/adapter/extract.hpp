@@ -30,6 +30,11 @@ struct Extracted {
   bool converged = false;
 };
 
+/// The scalar of an adapter extracted from two weights: double when either is, else float.
+template <MatrixLike X, MatrixLike Y>
+using extracted_scalar =
+    std::conditional_t<std::is_same_v<scalar_of<X>, double> || std::is_same_v<scalar_of<Y>, double>, double, float>;
+
 /// The rank-r adapter closest to ΔW = W_tuned − W_base: with ΔW ≈ U·S·Vᵀ, B = U·√(S/s) and A = √(S/s)·Vᵀ.
 ///
 /// **Shapes** both out×in; storages (f32, f64, bf16, f16) and orders may differ. **Scale** see options.
@@ -40,10 +45,10 @@ struct Extracted {
 /// cannot be told from 0 below 1e-7·norm.
 /// **Source** Eckart and Young (1936); the extraction of LoRA from checkpoints as in LoRD and mergekit.
 template <MatrixLike X, MatrixLike Y>
-auto extract_adapter(X&& tuned, Y&& base, const ExtractOptions& options = {}) {
+Extracted<extracted_scalar<X, Y>> extract_adapter(X&& tuned, Y&& base, const ExtractOptions& options = {}) {
   using S1 = scalar_of<X>;
   using S0 = scalar_of<Y>;
-  using T = std::conditional_t<std::is_same_v<S1, double> || std::is_same_v<S0, double>, double, float>;
+  using T = extracted_scalar<X, Y>;
   static_assert(StorageOf<S1, T> && StorageOf<S0, T>,
                 "extract_adapter: a double weight can only be compared with a double one; convert first");
   const MatrixView<const S1> W1 = view_of(tuned);

@@ -119,14 +119,14 @@ class LoraLinear : public FactorParameters<T>, public detail::EvaluateOrCastToMa
     if (!train_bias) return {};
     return {{"bias", 1, out}};
   }
-  [[nodiscard]] std::optional<detail::DropoutMask> mask(bool drops, const LoraWorkspace<T>& ws) const {
+  [[nodiscard]] std::optional<DropoutMask> mask(bool drops, const LoraWorkspace<T>& ws) const {
     if (!drops) return std::nullopt;
     return detail::dropout_mask(options_, parameters_, ws);
   }
   void backward_impl(MatrixView<const T> X, MatrixView<const T> G, LoraWorkspace<T>& ws,
                      std::optional<MatrixView<T>> dX, BackwardOptions options) {
     detail::expect_own_pass("LoraLinear::backward", ws, parameters_, out_features(), in_features(), rank());
-    const std::optional<detail::DropoutMask> dropped = mask(ws.masked, ws);
+    const std::optional<DropoutMask> dropped = mask(ws.masked, ws);
     detail::expect_lora_backward<T>("LoraLinear::backward", base_, rank(), X, G, ws, dX, dropped.has_value());
     if (options_.train_bias)
       detail::bias_gradient<T>(G, options.gradients == Update::accumulate, parameters_.gradient(2));

@@ -10,7 +10,7 @@
 
 #include <optional>
 
-#include "lowrank/adapter/detail/dropout.hpp"
+#include "lowrank/adapter/dropout.hpp"
 #include "lowrank/adapter/layer.hpp"
 
 namespace lowrank {
@@ -70,7 +70,7 @@ template <Real T, FrozenBase<T> Base>
 void lora_forward(const Base& base, std::type_identity_t<MatrixView<const T>> A,
                   std::type_identity_t<MatrixView<const T>> B, T scale, std::type_identity_t<MatrixView<const T>> X,
                   std::type_identity_t<MatrixView<T>> Y, LoraWorkspace<T>& ws,
-                  const std::optional<detail::DropoutMask>& mask = std::nullopt) {
+                  const std::optional<DropoutMask>& mask = std::nullopt) {
   const Index r = A.rows(), in = base.cols(), out = base.rows(), tokens = X.rows();
   detail::expect_operands<T>("lora_forward", "X", X, in, "Y", Y, out);
   detail::expect_apart_from_base("lora_forward", "Y", Y, base);
@@ -109,7 +109,7 @@ void lora_backward(const Base& base, std::type_identity_t<MatrixView<const T>> A
                    std::type_identity_t<MatrixView<const T>> G, LoraWorkspace<T>& ws,
                    std::type_identity_t<MatrixView<T>> dA, std::type_identity_t<MatrixView<T>> dB,
                    std::optional<std::type_identity_t<MatrixView<T>>> dX, BackwardOptions options = {},
-                   const std::optional<detail::DropoutMask>& mask = std::nullopt) {
+                   const std::optional<DropoutMask>& mask = std::nullopt) {
   const Index r = A.rows(), in = base.cols(), out = base.rows(), tokens = X.rows();
   detail::expect_shape("lora_backward", "A", A.rows(), A.cols(), r, in);
   detail::expect_shape("lora_backward", "B", B.rows(), B.cols(), out, r);

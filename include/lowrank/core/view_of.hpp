@@ -53,8 +53,13 @@ concept MatrixOf = MatrixLike<X> && requires(X&& x) {
   { ViewTraits<std::remove_cvref_t<X>>::view(x) } -> std::convertible_to<MatrixView<T>>;
 };
 
+/// What view_of gives for an x: a MatrixView, of const where x is only looked at.
+template <MatrixLike X>
+using ViewOf = decltype(ViewTraits<std::remove_cvref_t<X>>::view(std::declval<std::remove_reference_t<X>&>()));
+
 /// The view of x; no element is copied.
 /// **Throws** ShapeError when the strides cannot be expressed (see MatrixView). **Cost** O(1).
+/// Returns ViewOf<X>, which is not written there because Clang 14 would then name it, not MatrixLike, in its message.
 template <MatrixLike X>
 constexpr auto view_of(X&& x) {
   return ViewTraits<std::remove_cvref_t<X>>::view(x);

@@ -10,9 +10,9 @@
 #include <string>
 #include <type_traits>
 
+#include "lowrank/core/factor_scalar.hpp"
 #include "lowrank/core/factors.hpp"
 #include "lowrank/core/seeding.hpp"
-#include "lowrank/core/view_of.hpp"
 #include "lowrank/linalg/detail/scaling.hpp"
 
 namespace lowrank {
@@ -60,23 +60,6 @@ struct Initialised {
   LoraFactors<T> factors;
   InitReport report;
 };
-
-namespace detail {
-/// The scalar an initialiser computes the factors of X in. Defined for every X, so that a wrong one fails a concept
-/// that says what to do and not the spelling of a return type.
-template <class X>
-struct FactorScalar {
-  using type = float;
-};
-template <MatrixLike X>
-struct FactorScalar<X> {
-  using type = arithmetic_of<scalar_of<X>>;
-};
-}  // namespace detail
-
-/// The type an initialiser computes the factors of the weight X in: float for float, bf16 and f16, double for double.
-template <class X>
-using factor_scalar = typename detail::FactorScalar<X>::type;
 
 /// What the first template argument of an initialiser may be, `pissa<float>(W)`: the scalar of the factors as the
 /// weight decides it (`factor_scalar`), spelt out; void leaves it to the weight. The type the base is stored in comes

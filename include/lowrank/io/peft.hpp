@@ -155,7 +155,7 @@ inline bool may_be_saved(const std::string& name, const PeftConfig& c) {
       if (end == std::string_view::npos) break;
     }
   if (leaf == "bias" && c.bias != "none") return true;
-  const auto last = lowrank::detail::last_component(module);
+  const auto last = lowrank::last_component(module);
   // PEFT saves a resized embedding and head beside the adapter; base_layer is what it calls a wrapped weight.
   return leaf == "weight" && (last == "embed_tokens" || last == "lm_head" || last == "base_layer");
 }
@@ -315,7 +315,7 @@ inline void describe_modules(PeftAdapter& adapter) {
 /// The last components of the modules' names, sorted: what `target_modules` lists when nothing else was given.
 inline std::vector<std::string> module_suffixes(const PeftAdapter& adapter) {
   std::set<std::string> s;
-  for (const AdapterModule& m : adapter.modules) s.emplace(lowrank::detail::last_component(m.name));
+  for (const AdapterModule& m : adapter.modules) s.emplace(lowrank::last_component(m.name));
   return {s.begin(), s.end()};
 }
 

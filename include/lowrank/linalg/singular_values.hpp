@@ -39,7 +39,7 @@ namespace detail {
 inline constexpr Index small_spectrum = 128;
 
 /// Eigenvalues of a symmetric matrix, in no order; its upper triangle is destroyed.
-inline std::vector<double> symmetric_eigenvalues(MatrixView<double> A, const char* where) {
+[[gnu::cold]] inline std::vector<double> symmetric_eigenvalues(MatrixView<double> A, const char* where) {
   const Index n = A.rows();
   std::vector<double> d(std::size_t(n), 0.0), e(std::size_t(n), 0.0);
   if (n < 256) {
@@ -61,7 +61,7 @@ inline std::vector<double> symmetric_eigenvalues(MatrixView<double> A, const cha
 
 /// Values through the Gram matrix of the columns of W (m ≥ n); scaled by `scale` on the way in and back.
 template <class S>
-SingularValues gram_singular_values(MatrixView<const S> W, double scale, const char* where) {
+[[gnu::cold]] SingularValues gram_singular_values(MatrixView<const S> W, double scale, const char* where) {
   const Index m = W.rows(), n = W.cols();
   Matrix<double> G;
   G.resize(n, n);
@@ -82,7 +82,7 @@ SingularValues gram_singular_values(MatrixView<const S> W, double scale, const c
 
 /// Values by bidiagonalisation in double of W (m ≥ n).
 template <class S>
-SingularValues bidiagonal_singular_values(MatrixView<const S> W, double scale, const char* where) {
+[[gnu::cold]] SingularValues bidiagonal_singular_values(MatrixView<const S> W, double scale, const char* where) {
   const Index m = W.rows(), n = W.cols();
   Matrix<double> A;
   A.resize(m, n);
@@ -117,7 +117,7 @@ SingularValues bidiagonal_singular_values(MatrixView<const S> W, double scale, c
 }
 
 template <class S>
-SingularValues singular_values_of(MatrixView<const S> W, const SingularValueOptions& options) {
+[[gnu::cold]] SingularValues singular_values_of(MatrixView<const S> W, const SingularValueOptions& options) {
   constexpr const char* where = "singular_values";
   if (!(options.accuracy > 0) || !(options.relative_accuracy >= 0))
     throw ArgumentError(text(where, ": accuracy must be positive and relative_accuracy not negative, got ",

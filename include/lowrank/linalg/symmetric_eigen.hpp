@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 #include "lowrank/linalg/detail/householder.hpp"
@@ -83,17 +82,6 @@ inline void tridiagonalise(MatrixView<double> A, double* d, double* e, double* t
 
 /// Rotations kept before they are applied: 512 KiB of them, which stay in L2 beside a strip of vectors.
 inline constexpr Index rotation_batch = 32768;
-
-/// The order that sorts values descending; equal ones keep theirs.
-[[gnu::cold, gnu::noinline]] inline std::vector<Index> descending_order(const std::vector<double>& values) {
-  std::vector<Index> order(values.size());
-  std::iota(order.begin(), order.end(), Index(0));
-  std::sort(order.begin(), order.end(), [&](Index a, Index b) {
-    const double x = values[std::size_t(a)], y = values[std::size_t(b)];
-    return x > y || (x == y && a < b);
-  });
-  return order;
-}
 
 /// A = Q·T·Qᵀ kept: the cubic part both functions below begin with, from which values and tails can be had first and
 /// the whole vectors later.

@@ -63,12 +63,13 @@ struct TargetSelection {
   }
 };
 
-namespace detail {
-
+/// What follows the last dot of a module's name, "q_proj" of "model.layers.0.self_attn.q_proj"; all of a name without.
 inline std::string_view last_component(std::string_view name) {
   const auto dot = name.rfind('.');
   return dot == std::string_view::npos ? name : name.substr(dot + 1);
 }
+
+namespace detail {
 
 /// name equals `suffix` or ends with "." + suffix.
 inline bool ends_with_component(std::string_view name, std::string_view suffix) {

@@ -15,6 +15,12 @@ enum class Blocking {
   row            ///< one block a row; block_size is not looked at
 };
 
+/// What turns the codes of one block into values: (table[code] − zero)·scale, and 1/127 of it for int8.
+struct BlockScale {
+  float scale = 1;
+  float zero = 0;  ///< affine codebooks only
+};
+
 /// Codes are one big-endian bit stream a segment: the first element has the highest bits of the first byte, so 4-bit
 /// codes have the first element in the high nibble, 2-bit codes are four to the byte, 3-bit codes eight to three bytes.
 /// A segment is the whole matrix (flat) or one row, and starts with a byte and a block of its own.

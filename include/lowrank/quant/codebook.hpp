@@ -40,7 +40,8 @@ class Codebook {
  public:
   /// A table of the caller's. **Throws** ArgumentError unless it has 2 … 256 finite, strictly ascending levels within
   /// [−1, 1] of which one has magnitude 1, and a zero (unless that is waived).
-  explicit Codebook(std::span<const float> levels, const CodebookOptions& options = {}) : name_(options.name) {
+  [[gnu::cold]] explicit Codebook(std::span<const float> levels, const CodebookOptions& options = {})
+      : name_(options.name) {
     check(levels, options);
     std::vector<std::uint8_t> order(levels.size());
     for (std::size_t i = 0; i < order.size(); ++i) order[i] = std::uint8_t(i);

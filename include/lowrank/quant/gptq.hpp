@@ -39,7 +39,7 @@ namespace detail {
 template <class T, class S>
 class Gptq {
  public:
-  Gptq(MatrixView<const S> W, const GptqFactor<T>& F, const GptqOptions& o)
+  [[gnu::cold]] Gptq(MatrixView<const S> W, const GptqFactor<T>& F, const GptqOptions& o)
       : W_(W),
         F_(F),
         o_(o),
@@ -65,7 +65,7 @@ class Gptq {
     if (book().kind() == CodebookKind::table) zero_code_ = book().nearest(0.0F);
   }
 
-  GptqResult<T> run() {
+  [[gnu::cold]] GptqResult<T> run() {
     E_.resize(m_, n_);
     codes_.resize(m_ * n_);
     loss_.assign(std::size_t(m_), 0);
@@ -127,7 +127,7 @@ class Gptq {
           staged_(std::max(batch, g.L_.block_size)),
           scratch_(staged_.size()) {}
 
-    void run(Index row, Index b, Index width, MatrixView<const T> V, Index at) {
+    [[gnu::noinline]] void run(Index row, Index b, Index width, MatrixView<const T> V, Index at) {
       rows_ = int(std::min<Index>(lanes_, g_.m_ - row));
       load(row, b, width, V, at);
       double loss[lanes_] = {}, squares[lanes_] = {};
@@ -162,7 +162,7 @@ class Gptq {
     }
 
    private:
-    void load(Index row, Index b, Index width, MatrixView<const T> V, Index at) {
+    [[gnu::noinline]] void load(Index row, Index b, Index width, MatrixView<const T> V, Index at) {
       for (Index j = 0; j < width; ++j)
         for (int l = rows_; l < lanes_; ++l) x_[j][l] = w_[j][l] = T(0);
       for (int l = 0; l < rows_; ++l)
@@ -172,7 +172,7 @@ class Gptq {
         }
     }
     /// The scales of the blocks column b + j lies in, where they are not those of the column before.
-    void set_scales(Index row, Index b, Index j, MatrixView<const T> V, Index at) {
+    [[gnu::noinline]] void set_scales(Index row, Index b, Index j, MatrixView<const T> V, Index at) {
       const Index col = g_.column(b + j), size = g_.L_.block_size;
       const bool enters = col % size == 0;
       if (g_.by_block_ && !enters && j > 0) return;
@@ -193,7 +193,7 @@ class Gptq {
     }
     /// From the weights as the columns before have left them: those of this batch are up to date here in the tile, and
     /// a block longer than a batch starts with one, where all of V is.
-    BlockScale choose(int l, Index row, Index j, Index length, MatrixView<const T> V, Index at) {
+    [[gnu::noinline]] BlockScale choose(int l, Index row, Index j, Index length, MatrixView<const T> V, Index at) {
       for (Index k = 0; k < length; ++k)
         staged_[k] = length <= batch - j ? float(x_[j + k][l]) : float(V(row + l, at + j + k));
       const std::uint32_t magnitude = largest_magnitude_bits(staged_.data(), length);
@@ -215,7 +215,8 @@ class Gptq {
   };
 
   /// sums[i] += Σ_k (weights[k]·X(i, k))², or Σ_k X(i, k)² without weights.
-  void add_squared_rows(MatrixView<const T> X, const double* weights, std::vector<double>& sums) const {
+  [[gnu::noinline]] void add_squared_rows(MatrixView<const T> X, const double* weights,
+                                          std::vector<double>& sums) const {
     parallel_ranges(m_, 1 + 16384 / std::max<Index>(1, X.cols()), [&](Index i0, Index i1) {
       for (Index i = i0; i < i1; ++i) {
         double sum = 0;
@@ -229,7 +230,7 @@ class Gptq {
     });
   }
   /// Loss of every row of quantise(W); E becomes its error.
-  std::vector<double> plain_losses() {
+  [[gnu::cold]] std::vector<double> plain_losses() {
     parallel_ranges(m_, 1 + 16384 / std::max<Index>(1, n_), [&](Index i0, Index i1) {
       std::vector<T> q(static_cast<std::size_t>(n_));
       for (Index i = i0; i < i1; ++i) {
@@ -251,7 +252,7 @@ class Gptq {
     return loss;
   }
 
-  GptqResult<T> finish() {
+  [[gnu::cold]] GptqResult<T> finish() {
     GptqResult<T> result;
     GptqReport& report = result.report;
     if (m_ > 0 && n_ > 0) {
@@ -280,7 +281,7 @@ class Gptq {
     result.base = packed();
     return result;
   }
-  void take_plain_row(Index i) {
+  [[gnu::cold]] void take_plain_row(Index i) {
     for (Index j = 0; j < n_; ++j) codes_[i * n_ + j] = std::uint8_t(plain_.code(i, j));
     if (fixed_) return;
     for (Index j = 0; j < n_; j += L_.block_size) {
@@ -289,7 +290,7 @@ class Gptq {
       if (!zeros_.empty()) zeros_[b] = plain_.zeros()[b];
     }
   }
-  QuantisedMatrix<T> packed() const {
+  [[gnu::cold]] QuantisedMatrix<T> packed() const {
     std::vector<std::uint8_t> bytes(static_cast<std::size_t>(L_.code_bytes()));
     const Index length = L_.segment_length();
     parallel_ranges(L_.block_count(), 256, [&](Index b0, Index b1) {
@@ -334,11 +335,10 @@ class Gptq {
 /// gptq with a factor of H made before; `damping` and `by_activation` are those the factor was made with.
 /// **Throws**, **Cost**: as below, without those of the factor.
 template <MatrixLike X>
-auto gptq(X&& W, const GptqFactor<detail::QuantisedScalar<typename decltype(view_of(W))::value_type>>& factor,
-          const GptqOptions& options = {}) {
+GptqResult<factor_scalar<X>> gptq(X&& W, const GptqFactor<factor_scalar<X>>& factor, const GptqOptions& options = {}) {
   const auto start = std::chrono::steady_clock::now();
   using S = typename decltype(view_of(W))::value_type;
-  detail::Gptq<detail::QuantisedScalar<S>, S> run(view_of(W), factor, options);
+  detail::Gptq<factor_scalar<X>, S> run(view_of(W), factor, options);
   auto result = run.run();
   result.report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return result;
@@ -359,12 +359,12 @@ auto gptq(X&& W, const GptqFactor<detail::QuantisedScalar<typename decltype(view
 /// quantise. The same bits for any number of threads. The plain Frobenius error is larger than quantise's.
 /// **Source** Frantar et al., arXiv 2210.17323, eq. 2–3 and algorithm 1; scales of groups as in §4.
 template <MatrixLike X, MatrixLike Y>
-auto gptq(X&& W, Y&& H, const GptqOptions& options = {}) {
+GptqResult<factor_scalar<X>> gptq(X&& W, Y&& H, const GptqOptions& options = {}) {
   const auto start = std::chrono::steady_clock::now();
   const auto view = view_of(W);
   const auto h = view_of(H);
   detail::expect_shape("gptq", "H", h.rows(), h.cols(), view.cols(), view.cols());
-  const GptqFactor<detail::QuantisedScalar<typename decltype(view)::value_type>> factor(h, options);
+  const GptqFactor<factor_scalar<X>> factor(h, options);
   auto result = gptq(view, factor, options);
   result.report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return result;

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "lowrank/linalg/detail/covariance.hpp"
+#include "lowrank/linalg/detail/vector_ops.hpp"
 #include "lowrank/quant/quantised_matrix.hpp"
 
 namespace lowrank {
@@ -35,7 +36,7 @@ class GptqFactor {
   /// **Shapes** H n×n, of any scale. Of `options` damping and by_activation are looked at. **Throws** ShapeError unless
   /// H is square; NonFiniteError; ArgumentError unless H is symmetric and positive definite after damping.
   template <MatrixLike X>
-  explicit GptqFactor(X&& H, const GptqOptions& options = {}) {
+  [[gnu::cold]] explicit GptqFactor(X&& H, const GptqOptions& options = {}) {
     using S = typename decltype(view_of(H))::value_type;
     const MatrixView<const S> view = view_of(H);
     const Index n = view.rows();
@@ -46,8 +47,11 @@ class GptqFactor {
     permuted_ = options.by_activation;
     bool sortable = permuted_ && view.cols() == n;  // what is not gets its message below
     for (Index j = 0; sortable && j < n; ++j) sortable = std::isfinite(double(view(j, j)));
-    if (sortable)
-      std::stable_sort(order_.begin(), order_.end(), [&](Index a, Index b) { return view(a, a) > view(b, b); });
+    if (sortable) {
+      std::vector<double> diagonal(static_cast<std::size_t>(n));
+      for (Index j = 0; j < n; ++j) diagonal[std::size_t(j)] = double(view(j, j));
+      order_ = detail::descending_order(diagonal);
+    }
     std::copy(order_.rbegin(), order_.rend(), backward.begin());
     Matrix<double> L = detail::damped_covariance("gptq", "H", view, n, options.damping, backward, &damping_);
     if (const Index bad = detail::cholesky_pivots(L.view(), 0); bad < n)

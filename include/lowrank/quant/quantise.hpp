@@ -2,15 +2,10 @@
 // quantise: a dense weight to codes and scales, block by block on all threads.
 #pragma once
 
+#include "lowrank/core/factor_scalar.hpp"
 #include "lowrank/quant/quantised_matrix.hpp"
 
 namespace lowrank {
-namespace detail {
-
-template <class S>
-using QuantisedScalar = std::conditional_t<std::same_as<S, double>, double, float>;
-
-}  // namespace detail
 
 /// W as codes and scales.
 ///
@@ -24,10 +19,10 @@ using QuantisedScalar = std::conditional_t<std::same_as<S, double>, double, floa
 /// of zeros gets the code of zero; a block so small that the reciprocal overflows is divided instead.
 /// **Source** Dettmers et al., arXiv 2305.14314, §3.
 template <MatrixLike X>
-auto quantise(X&& W, QuantiseOptions options = {}) {
+QuantisedMatrix<factor_scalar<X>> quantise(X&& W, QuantiseOptions options = {}) {
   const auto view = view_of(W);
   using S = typename decltype(view)::value_type;
-  auto q = QuantisedMatrix<detail::QuantisedScalar<S>>::zero(view.rows(), view.cols(), std::move(options));
+  auto q = QuantisedMatrix<factor_scalar<X>>::zero(view.rows(), view.cols(), std::move(options));
   q.assign(MatrixView<const S>(view));
   return q;
 }

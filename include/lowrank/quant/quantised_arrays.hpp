@@ -60,7 +60,8 @@ class QuantisedArrays {
 
   /// From arrays somebody else made; see QuantisedMatrix. Lengths are compared with the layout before anything is
   /// allocated.
-  QuantisedArrays(const char* where, Index rows, Index cols, QuantiseOptions options, const QuantisedParts& parts)
+  [[gnu::cold]] QuantisedArrays(const char* where, Index rows, Index cols, QuantiseOptions options,
+                                const QuantisedParts& parts)
       : QuantisedArrays(where, rows, cols, std::move(options)) {
     expect_length(where, "codes", parts.codes.size(), layout_.code_bytes());
     expect_length(where, "zeros", parts.zeros.size(), is_affine() ? layout_.block_count() : 0);
@@ -129,14 +130,14 @@ class QuantisedArrays {
   // ---- for kernels
   // ---------------------------------------------------------------------------------------------------
   /// Values (row, col) … (row, col + n − 1), unchecked.
-  void decode_row(Index row, Index col, Index n, float* out) const {
+  [[gnu::noinline]] void decode_row(Index row, Index col, Index n, float* out) const {
     Index block, offset, byte;
     locate(row, col, block, offset, byte);
     detail::decode_blocks(
         options_.codebook, codes_.data() + byte, block_bytes_, layout_.block_size, offset, n,
         [&](Index b) { return block_scale(block + b); }, out);
   }
-  void decode_row(Index row, Index col, Index n, double* out) const {
+  [[gnu::noinline]] void decode_row(Index row, Index col, Index n, double* out) const {
     float values[256];
     for (Index k = 0; k < n; k += 256) {
       const Index m = std::min<Index>(256, n - k);
@@ -144,7 +145,8 @@ class QuantisedArrays {
       for (Index i = 0; i < m; ++i) out[k + i] = double(values[i]);
     }
   }
-  [[nodiscard]] detail::BlockScale block_scale(Index block) const noexcept {
+  /// What turns the codes of a block into values.
+  [[nodiscard]] BlockScale block_scale(Index block) const noexcept {
     return {scales_[block], zeros_.empty() ? 0.0F : float(zeros_[std::size_t(block)])};
   }
   /// The scales of blocks [block, block + n), see ScaleTable::range.
@@ -164,7 +166,7 @@ class QuantisedArrays {
   };
 
   /// Options and layout alone.
-  QuantisedArrays(const char* where, Index rows, Index cols, QuantiseOptions options)
+  [[gnu::cold]] QuantisedArrays(const char* where, Index rows, Index cols, QuantiseOptions options)
       : options_(std::move(options)),
         layout_(BlockLayout::of(where, rows, cols, options_.block_size, options_.blocking, options_.codebook.bits())) {
     if (options_.double_block_size < 32 || options_.double_block_size > 4096)
@@ -224,7 +226,7 @@ class QuantisedArrays {
     if (s < 0)
       throw ArgumentError(detail::text(where, ": ", what, " of block ", b, " must not be negative, got ", double(s)));
   }
-  void take_nested(const char* where, const QuantisedParts& p) {
+  [[gnu::cold, gnu::noinline]] void take_nested(const char* where, const QuantisedParts& p) {
     if (p.nested_block_size < 1)
       throw ArgumentError(detail::text(where, ": nested_block_size must be positive, got ", p.nested_block_size));
     expect_length(where, "nested_codes", p.nested_codes.size(), layout_.block_count());

@@ -34,7 +34,7 @@ class QuantisedMatrix : public QuantisedArrays {
       : QuantisedArrays("QuantisedMatrix", rows, cols, std::move(options), parts) {}
 
   /// Zeros of a shape, to be assigned to. **Throws** as the constructor from parts.
-  [[nodiscard]] static QuantisedMatrix zero(Index rows, Index cols, QuantiseOptions options = {}) {
+  [[nodiscard, gnu::cold]] static QuantisedMatrix zero(Index rows, Index cols, QuantiseOptions options = {}) {
     return QuantisedMatrix(QuantisedArrays::zero("QuantisedMatrix::zero", rows, cols, std::move(options)));
   }
 
@@ -111,7 +111,7 @@ class QuantisedMatrix : public QuantisedArrays {
  private:
   explicit QuantisedMatrix(QuantisedArrays arrays) : QuantisedArrays(std::move(arrays)) {}
 
-  void write_row(Index i, MatrixView<T> out) const {
+  [[gnu::noinline]] void write_row(Index i, MatrixView<T> out) const {
     if constexpr (std::same_as<T, float>)
       if (out.col_stride() == 1) return decode_row(i, 0, cols(), out.data());
     T values[512];

@@ -32,7 +32,7 @@ class ScaleTable {
 
   /// Quantises scales a second time, as bitsandbytes' compress_statistics: offset = their mean, the rest on the dynamic
   /// 8-bit map in blocks. The mean is taken in double; theirs, summed in float, may differ in its last bits.
-  static ScaleTable quantised(const std::vector<float>& scales, Index block_size) {
+  [[gnu::cold, gnu::noinline]] static ScaleTable quantised(const std::vector<float>& scales, Index block_size) {
     NestedScales n;
     n.block_size = block_size;
     const Codebook map = Codebook::dynamic8();

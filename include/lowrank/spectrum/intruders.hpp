@@ -102,7 +102,7 @@ class IntruderSearch {
 
   /// `tuned` multiplies by W', `wide` in double; `form()` makes W' as a matrix of T, which only the fallback needs.
   template <class Op, class Wide, class Form>
-  IntruderReport run(const Op& tuned, const Wide& wide, Form&& form) {
+  [[gnu::cold]] IntruderReport run(const Op& tuned, const Wide& wide, Form&& form) {
     const Index wanted = std::min(k_ + 1, full_);
     const auto base = dense_operator<T, S>(W_);
     // First a cheap look: whatever has a clear partner among few vectors of W, or clearly none anywhere, is settled
@@ -151,8 +151,9 @@ class IntruderSearch {
 
   /// Certificates that need nothing but the computed vectors; returns the indices they leave open.
   /// own, theirs: sines of the angles by which the vectors of `top` and `known` may be off.
-  std::vector<Index> decide(const TruncatedSvd<T>& top, const TruncatedSvd<T>& known, const std::vector<double>& own,
-                            const std::vector<double>& theirs, const std::vector<Index>& among) {
+  [[gnu::cold]] std::vector<Index> decide(const TruncatedSvd<T>& top, const TruncatedSvd<T>& known,
+                                          const std::vector<double>& own, const std::vector<double>& theirs,
+                                          const std::vector<Index>& among) {
     const Matrix<T> C = multiply<T>(known.U.view().transposed(), top.U.view());
     // Only vectors that are known well may be projected out; the others stay with the unknown ones.
     std::vector<Index> usable;
@@ -190,7 +191,7 @@ class IntruderSearch {
   }
 
   /// Christoffel and Ritz certificates on what the known vectors leave; returns what stays open.
-  std::vector<Index> lanczos(const TruncatedSvd<T>& top, std::vector<Index> open) {
+  [[gnu::cold]] std::vector<Index> lanczos(const TruncatedSvd<T>& top, std::vector<Index> open) {
     // A vector whose own accuracy is not enough to tell, or that lies at ε of a known one, is beyond this certificate.
     std::vector<Index> given_up, active;
     for (const Index i : open) (limit_[std::size_t(i)] > 0 ? active : given_up).push_back(i);
@@ -234,7 +235,7 @@ class IntruderSearch {
     return given_up;
   }
 
-  bool judge(Index i, const LanczosMeasure& m, double energy, bool right, double floor, double scale) {
+  [[gnu::cold]] bool judge(Index i, const LanczosMeasure& m, double energy, bool right, double floor, double scale) {
     const double limit = limit_[std::size_t(i)], level = limit * limit / energy;
     // The energy of u on one singular vector of squared value x, from that of the vector Lanczos ran on.
     const auto share = [&](std::size_t j) { return m.weights[j] * energy / (right ? std::max(m.nodes[j], floor) : 1); };
@@ -261,7 +262,7 @@ class IntruderSearch {
   }
 
   /// What the peers do for every vector: both full decompositions.
-  void compare_all(const Matrix<T>& tuned) {
+  [[gnu::cold, gnu::noinline]] void compare_all(const Matrix<T>& tuned) {
     report_.used_full_svd = true;
     const Matrix<T> wide(W_);
     const Svd<T> base = svd(wide), own = svd(tuned);

@@ -18,7 +18,8 @@ namespace lowrank::detail {
 template <class T, class S>
 class QuantisedAlternation {
  public:
-  QuantisedAlternation(const char* method, MatrixView<const S> W, const LoftqOptions& o, MatrixView<const T> covariance)
+  [[gnu::cold]] QuantisedAlternation(const char* method, MatrixView<const S> W, const LoftqOptions& o,
+                                     MatrixView<const T> covariance)
       : method_(method), W_(W), o_(o) {
     check_rank(method, o.rank, W.rows(), W.cols());
     if (o.iterations < 1) throw ArgumentError(text(method, ": iterations must be at least 1, got ", o.iterations));
@@ -47,7 +48,7 @@ class QuantisedAlternation {
   }
 
   /// Q = quant(W − s·B·A).
-  void quantise_rest() {
+  [[gnu::cold, gnu::noinline]] void quantise_rest() {
     subtract_factors();
     if (factor_)
       Q_ = lowrank::gptq(std::as_const(E_).view(), *factor_, feedback_).base;
@@ -56,7 +57,7 @@ class QuantisedAlternation {
   }
 
   /// s·B·A = the best rank-r approximation of W − Q, or of W itself.
-  void fit_factors(bool of_weight) {
+  [[gnu::cold, gnu::noinline]] void fit_factors(bool of_weight) {
     form_residual(of_weight);
     MatrixView<T> target = E_.view();
     if (!weight_.empty()) {
@@ -73,7 +74,7 @@ class QuantisedAlternation {
   }
 
   /// The errors of the current pair (Q, s·B·A).
-  LoftqStep measure() {
+  [[gnu::cold, gnu::noinline]] LoftqStep measure() {
     LoftqStep step;
     subtract_factors();
     step.frobenius = std::sqrt(subtract_codes());
@@ -99,7 +100,7 @@ class QuantisedAlternation {
   }
 
   /// Takes the current pair as result if it is the best so far; false when it is not and the method should end.
-  bool keep_if_better(const LoftqStep& step) {
+  [[gnu::cold, gnu::noinline]] bool keep_if_better(const LoftqStep& step) {
     LoftqReport& report = result.report;
     report.steps.push_back(step);
     const bool first = report.steps.size() == 1;
@@ -114,7 +115,7 @@ class QuantisedAlternation {
 
   /// Completes the report. When no pair beat plain quantisation (factors rounded too coarsely, W = Q), B is zero and
   /// the base is quant(W).
-  QuantisedInit<T> finish() {
+  [[gnu::cold, gnu::noinline]] QuantisedInit<T> finish() {
     LoftqReport& report = result.report;
     if (!(error(report.result()) <= error(report.plain))) {
       factor_.reset();
@@ -147,7 +148,7 @@ class QuantisedAlternation {
                                     " at (", i, ", ", j, "), block ", Q_.layout().block_of(i, j)));
   }
   /// The rank-r truncated SVD of `target`, no more accurate than the error needs.
-  TruncatedSvd<T> leading_triplets(MatrixView<const T> target, MatrixView<const T> start) {
+  [[gnu::cold]] TruncatedSvd<T> leading_triplets(MatrixView<const T> target, MatrixView<const T> start) {
     // A deficit d in a captured share c of the energy raises the error by d·c/(2(1 − c)), relatively. Before anything
     // is known c is taken to be small, as it is where quantisation noise is fitted; if it is not, the SVD goes on.
     const auto tolerance = [&] {
@@ -158,7 +159,7 @@ class QuantisedAlternation {
     const double now = tolerance();
     return now <= first / 2 ? triplets_to(now, target, std::as_const(d.V).view()) : d;
   }
-  TruncatedSvd<T> triplets_to(double tolerance, MatrixView<const T> target, MatrixView<const T> start) {
+  [[gnu::cold]] TruncatedSvd<T> triplets_to(double tolerance, MatrixView<const T> target, MatrixView<const T> start) {
     // No search for repeated values: quantisation noise has none, and the error is measured in any case.
     auto d =
         truncated_svd(target, o_.rank, {.energy_tolerance = tolerance, .seek_copies = false, .seed = o_.seed}, start);
@@ -169,7 +170,7 @@ class QuantisedAlternation {
   /// E = W − s·B·A.
   void subtract_factors() { residual_base(W_, current_, E_.view()); }
   /// E −= Q; returns ‖E‖_F².
-  double subtract_codes() {
+  [[gnu::noinline]] double subtract_codes() {
     std::vector<double> sums(std::size_t(W_.rows()));
     parallel_ranges(W_.rows(), 1 + 16384 / W_.cols(), [&](Index i0, Index i1) {
       T q[512];

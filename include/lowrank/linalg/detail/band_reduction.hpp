@@ -36,7 +36,7 @@ struct SymmetricSource {
 /// **Numerics** backward error of order eps·‖A‖.
 /// **Source** Dongarra, Hammarling & Sorensen, "Block reduction of matrices to condensed forms", J. Comput. Appl. Math.
 /// 27 (1989); Bischof, Lang & Sun, ACM TOMS 26 (2000).
-inline void reduce_to_band(MatrixView<double> A, Index b) {
+[[gnu::cold]] inline void reduce_to_band(MatrixView<double> A, Index b) {
   const Index n = A.rows();
   Buffer<double> scratch(2 * b * n + 5 * b * b);
   QrScratch<double> qr;

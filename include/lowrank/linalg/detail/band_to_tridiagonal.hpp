@@ -31,7 +31,7 @@ class BulgeChaser {
   }
 
   /// Leaves the tridiagonal matrix in d (n) and e (n − 1).
-  void run(double* d, double* e) {
+  [[gnu::noinline]] void run(double* d, double* e) {
     // Sweeps of a group run as a wave front, each three blocks behind the one before it, on data still in L1 and L2.
     constexpr Index group = 6, lag = 3;
     for (Index s0 = 0; s0 + 2 < n_; s0 += group) {
@@ -72,7 +72,7 @@ class BulgeChaser {
 
   /// Rows and columns [i, i+B) ← H·A·H, the block to their right ← H·C, whose first row then gives the next reflector,
   /// which multiplies C from the right and stays in `h` for the next step.
-  void step(Index i, Reflector& h) {
+  [[gnu::noinline]] void step(Index i, Reflector& h) {
     using V = Vec<double>;
     double* const D = at(i, i);
     double* const C = at(i, i + B);

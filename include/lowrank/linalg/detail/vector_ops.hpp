@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "lowrank/core/matrix_view.hpp"
@@ -119,6 +120,17 @@ template <class T>
     }
   }
   return std::sqrt(sum);
+}
+
+/// The order that sorts values descending; equal ones keep theirs.
+[[gnu::cold, gnu::noinline]] inline std::vector<Index> descending_order(const std::vector<double>& values) {
+  std::vector<Index> order(values.size());
+  std::iota(order.begin(), order.end(), Index(0));
+  std::sort(order.begin(), order.end(), [&](Index a, Index b) {
+    const double x = values[std::size_t(a)], y = values[std::size_t(b)];
+    return x > y || (x == y && a < b);
+  });
+  return order;
 }
 
 /// ‖m‖_F² in double; one sum a row (or column, as stored), so that its bits do not depend on threads.

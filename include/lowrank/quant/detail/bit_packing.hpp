@@ -9,7 +9,7 @@
 namespace lowrank::detail {
 
 /// Packs n codes from a byte boundary on; the unused low bits of the last byte are zero.
-inline void pack_codes(int bits, const std::uint8_t* codes, Index n, std::uint8_t* out) {
+[[gnu::noinline]] inline void pack_codes(int bits, const std::uint8_t* codes, Index n, std::uint8_t* out) {
   if (bits == 8) {
     for (Index i = 0; i < n; ++i) out[i] = codes[i];
     return;

@@ -49,7 +49,7 @@ class ScaleChooser {
     return {first, zero_of(first)};  // not among denormals
   }
   /// The clipping point among absmax·(1 − i/2k), i = 0 … k, with the least squared error.
-  float searched(const float* x, Index n, float absmax, std::uint8_t* scratch) const {
+  [[gnu::noinline]] float searched(const float* x, Index n, float absmax, std::uint8_t* scratch) const {
     float best = absmax, values[256];
     double least = std::numeric_limits<double>::infinity();
     for (int i = 0; i <= search_; ++i) {

@@ -4,18 +4,13 @@
 
 #include <cstring>
 
+#include "lowrank/quant/block_layout.hpp"
 #include "lowrank/quant/detail/encode.hpp"
 
 namespace lowrank::detail {
 
 /// Code streams are followed by this many readable bytes, so that a vector of codes may be loaded at the very end.
 inline constexpr Index code_padding = 16;
-
-/// What turns the codes of one block into values.
-struct BlockScale {
-  float scale = 1;
-  float zero = 0;  ///< affine codebooks only
-};
 
 /// 1/127 as bitsandbytes multiplies by it, after the scale.
 inline constexpr float int8_unit = 1.0F / 127.0F;
@@ -27,7 +22,8 @@ inline float decode_value(const Codebook& book, unsigned code, BlockScale s) {
 }
 
 /// Values of n codes from a byte boundary on, by table lookups of whole groups.
-inline void decode_portable(const Codebook& book, const std::uint8_t* stream, Index n, BlockScale s, float* out) {
+[[gnu::noinline]] inline void decode_portable(const Codebook& book, const std::uint8_t* stream, Index n, BlockScale s,
+                                              float* out) {
   const int bits = book.bits();
   Index i = 0;
   if (bits >= 2 && bits <= 4) {

@@ -45,7 +45,8 @@ inline std::uint32_t largest_magnitude_bits(const float* x, Index n) {
 
 /// Ranks (how many thresholds lie strictly below x·factor) of at most 16 levels, one byte each. Counting comparisons
 /// vectorises on anything; no table is looked up.
-inline void ranks_portable(const Codebook& book, const float* x, int n, float factor, std::uint8_t* out) {
+[[gnu::noinline]] inline void ranks_portable(const Codebook& book, const float* x, int n, float factor,
+                                             std::uint8_t* out) {
   using V = Vec<float>;
   using I = typename VecOf<std::int32_t, vector_bytes>::type;
   using B = typename VecOf<std::uint8_t, lanes<float>>::type;
@@ -128,7 +129,7 @@ class Encoder {
 
   /// The codes of x[0, n), packed from a byte boundary on; `absmax` is their largest magnitude (or the clipping point).
   /// A block of zeros gets the code of zero throughout.
-  void table_block(const float* x, Index n, float absmax, std::uint8_t* out) const {
+  [[gnu::noinline]] void table_block(const float* x, Index n, float absmax, std::uint8_t* out) const {
     const int bits = book_.bits();
     if (absmax == 0) return fill_block(n, book_.nearest(0.0F), out);
     const float factor = 1.0F / absmax;
@@ -151,7 +152,7 @@ class Encoder {
   }
 
   /// round(x·127/absmax), ties to even.
-  static void int8_block(const float* x, Index n, float absmax, std::uint8_t* out) {
+  [[gnu::noinline]] static void int8_block(const float* x, Index n, float absmax, std::uint8_t* out) {
     const float factor = 127.0F / absmax;
     if (absmax == 0 || !std::isfinite(factor)) {
       const double wide = absmax == 0 ? 0.0 : 127.0 / double(absmax);
@@ -162,7 +163,7 @@ class Encoder {
   }
 
   /// clamp(round(x/scale) + zero), ties to even.
-  void affine_block(const float* x, Index n, float scale, int zero, std::uint8_t* out) const {
+  [[gnu::noinline]] void affine_block(const float* x, Index n, float scale, int zero, std::uint8_t* out) const {
     const int bits = book_.bits(), largest = (1 << bits) - 1;
     if (scale == 0) return fill_block(n, zero, out);
     std::uint8_t codes[chunk];
@@ -178,7 +179,7 @@ class Encoder {
   }
 
   /// The same code throughout.
-  void fill_block(Index n, int code, std::uint8_t* out) const {
+  [[gnu::cold, gnu::noinline]] void fill_block(Index n, int code, std::uint8_t* out) const {
     std::uint8_t codes[chunk];
     std::memset(codes, code, sizeof codes);
     for (Index i = 0; i < n; i += chunk) {
@@ -189,7 +190,7 @@ class Encoder {
   }
 
   /// The codes of at most a chunk of values x·factor, one byte each; tables only.
-  void nearest_codes(const float* x, Index n, float factor, std::uint8_t* codes) const {
+  [[gnu::noinline]] void nearest_codes(const float* x, Index n, float factor, std::uint8_t* codes) const {
     if (book_.levels() > 16) return many_levels(x, n, factor, codes);
     Index i = 0;
 #if defined(LOWRANK_QUANT_AVX512)
@@ -218,7 +219,7 @@ class Encoder {
   static Search searcher(const Codebook&) { return {}; }
 #endif
 
-  void many_levels(const float* x, Index n, float factor, std::uint8_t* codes) const {
+  [[gnu::noinline]] void many_levels(const float* x, Index n, float factor, std::uint8_t* codes) const {
     const float* t = book_.thresholds().data();
     const auto last = unsigned(book_.levels() - 1);
     for (Index i = 0; i < n; ++i) {
@@ -231,7 +232,7 @@ class Encoder {
     }
   }
   /// A block so small that 1/absmax overflows: divide instead, element by element.
-  void tiny_block(const float* x, Index n, float absmax, std::uint8_t* out) const {
+  [[gnu::cold, gnu::noinline]] void tiny_block(const float* x, Index n, float absmax, std::uint8_t* out) const {
     std::uint8_t codes[chunk];
     for (Index i = 0; i < n; i += chunk) {
       const Index m = std::min(chunk, n - i);

@@ -11,7 +11,8 @@
 #include "lowrank/core/rng.hpp"
 #include "lowrank/core/threads.hpp"
 
-namespace lowrank::detail {
+namespace lowrank {
+namespace detail {
 
 /// The probability in units of 2⁻¹⁶, the resolution of the masks.
 inline std::uint32_t dropout_units(double p) { return std::uint32_t(std::lround(p * 65536.0)); }
@@ -55,11 +56,17 @@ class Numbering {
   std::atomic<std::int64_t> next_{0};
 };
 
+}  // namespace detail
+
 /// Inverted dropout of probability p, resolved to 2⁻¹⁶: element kept with probability 1 − p, then scaled by 1/(1 − p).
+/// A function of (seed, call, element), so that the same three give the same mask, and nothing is kept.
 class DropoutMask {
  public:
+  /// **Throws** ArgumentError for p outside [0, 1), and for a positive p that rounds to dropping nothing or everything.
   DropoutMask(double p, std::uint64_t seed, std::uint64_t call)
-      : rng_(seed, call), dropped_(dropout_units(p)), scale_(1.0 / (1.0 - double(dropped_) / 65536.0)) {}
+      : rng_(seed, call),
+        dropped_(detail::dropout_units(detail::checked_dropout("DropoutMask", p))),
+        scale_(1.0 / (1.0 - double(dropped_) / 65536.0)) {}
 
   /// f(i, j, factor) for every element, factor 0 or 1/(1 − p). One random number of 64 bits serves four elements.
   template <class F>
@@ -81,4 +88,4 @@ class DropoutMask {
   double scale_;
 };
 
-}  // namespace lowrank::detail
+}  // namespace lowrank

@@ -124,7 +124,7 @@ void add_convert(CLI::App& app) {
   sub->add_option(
       "--base", o->base,
       "gguf: directory with the base's config.json, for the head counts; peft: the base to name in the result");
-  sub->add_option("--heads", o->heads, "Attention heads, instead of --base")->check(count());
+  sub->add_option("--heads", o->heads, "Attention heads, instead of what config.json says")->check(count());
   sub->add_option("--kv-heads", o->kv_heads, "Key-value heads; default: as --heads")->check(count());
   sub->add_option("--dtype", o->dtype, "Type of the written factors")
       ->capture_default_str()
@@ -136,12 +136,12 @@ void add_convert(CLI::App& app) {
     // Rows of q_proj and k_proj are permuted in a GGUF: whoever reads or writes one has to know the heads.
     const bool gguf = o->to == "gguf", heads = gguf || o->adapter.ends_with(".gguf");
     const std::string to = "with --to " + o->to, for_heads = "it gives the head counts that a .gguf is permuted by";
-    expect_used(sub, {{"--heads", heads, to, for_heads},
-                      {"--kv-heads", heads, to, for_heads},
-                      {"--kv-heads", o->heads > 0, "without --heads", "the two come together"},
-                      {"--base", heads || o->to == "peft", to, "it is for peft, and for the head counts of a .gguf"},
-                      {"--base", o->heads == 0 || o->to == "peft", "with --heads", "either gives the head counts"},
-                      {changed_base_flag, gguf, to, "it says which base llama.cpp gets"}});
+    expect_used(sub,
+                {{"--heads", heads, to, for_heads},
+                 {"--kv-heads", heads, to, for_heads},
+                 {"--kv-heads", o->heads > 0, "without --heads", "the two come together"},
+                 {"--base", heads || o->to == "peft", to, "it is for peft, and for the names and heads of a .gguf"},
+                 {changed_base_flag, gguf, to, "it says which base llama.cpp gets"}});
     run(*o);
   });
 }

@@ -3,6 +3,7 @@
 // tensor.
 
 #include <algorithm>
+#include <charconv>
 #include <filesystem>
 
 #include "init_methods.hpp"
@@ -150,7 +151,8 @@ void leave_out_rank_zero(const Options& o, TargetSelection& chosen, EvaPlan& pla
 /// --block-size as the quantised methods have it, whatever the method.
 std::string check_block_size(const std::string& text) {
   Index size = 0;
-  const bool number = CLI::detail::lexical_cast(text, size);
+  const char* last = text.data() + text.size();
+  const bool number = std::from_chars(text.data(), last, size).ptr == last;
   return number && size >= 32 && size <= 4096 && (size & (size - 1)) == 0
              ? std::string()
              : "must be a power of two from 32 to 4096, got " + text;
@@ -381,9 +383,9 @@ void compute_factors(const Options& o, const Plan& p, Results& results) {
 }
 
 Results compute(const Options& o, Plan& p) {
+  const auto started = std::chrono::steady_clock::now();
   remove_leftovers(o.common, {o.output, p.base_directory});
   const NewDirectories made(p.changed ? p.base_directory : o.output);
-  const auto started = std::chrono::steady_clock::now();
   Results results;
   results.adapter = empty_adapter(o, p);
   std::unique_ptr<Finishing> finishing;  // of base and adapter together: one without the other is of no use

@@ -13,7 +13,6 @@
 #include <lowrank/init/orthogonal.hpp>
 #include <lowrank/init/pissa.hpp>
 #include <lowrank/init/qpissa.hpp>
-#include <lowrank/linalg/norm.hpp>
 
 namespace lowrank::tool {
 namespace {

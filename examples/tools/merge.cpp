@@ -96,10 +96,10 @@ Matrix<S> folded(const io::TensorView& t) {
 
 /// ΔW as it lies on the stored weight.
 template <class T>
-LoraFactors<T> stored_factors(const io::AdapterModule& m, bool in_by_out) {
+LoraFactors<T> stored_factors(const io::AdapterModule& m, bool fan_in_fan_out) {
   LoraFactors<T> f;
   f.scale = T(m.factors.scale);
-  if (lies_transposed(m.kind, in_by_out)) {
+  if (lies_transposed(m.kind, fan_in_fan_out)) {
     f.A = Matrix<T>(m.factors.B.view().transposed());
     f.B = Matrix<T>(m.factors.A.view().transposed());
   } else {
@@ -112,14 +112,14 @@ LoraFactors<T> stored_factors(const io::AdapterModule& m, bool in_by_out) {
 /// Merges one module into a copy of its weight; returns the bytes to write.
 template <class S>
 std::vector<std::byte> merged_bytes(const Options& o, const io::TensorView& t, const io::AdapterModule& m,
-                                    bool in_by_out, MergeReport& report) {
+                                    bool fan_in_fan_out, MergeReport& report) {
   using T = arithmetic_of<S>;
   Matrix<S> W = folded<S>(t);
   try {
     if (m.magnitude.empty())
-      report = checked_merge<T>(W, stored_factors<T>(m, in_by_out), o.limits());
+      report = checked_merge<T>(W, stored_factors<T>(m, fan_in_fan_out), o.limits());
     else
-      report = checked_merge<T>(lies_transposed(m.kind, in_by_out) ? W.view().transposed() : W.view(),
+      report = checked_merge<T>(lies_transposed(m.kind, fan_in_fan_out) ? W.view().transposed() : W.view(),
                                 DoraFactors<T>{{Matrix<T>(m.factors.A), Matrix<T>(m.factors.B), T(m.factors.scale)},
                                                std::vector<T>(m.magnitude.begin(), m.magnitude.end())},
                                 o.limits());
@@ -134,9 +134,10 @@ std::vector<std::byte> merged_bytes(const Options& o, const io::TensorView& t, c
 
 constexpr const char* cannot_merge = ", which cannot be merged into";
 
-std::vector<std::byte> merged(const Options& o, const io::TensorView& t, const io::AdapterModule& m, bool in_by_out,
-                              MergeReport& report) {
-  return with_stored_type(t, cannot_merge, [&]<class S>(S) { return merged_bytes<S>(o, t, m, in_by_out, report); });
+std::vector<std::byte> merged(const Options& o, const io::TensorView& t, const io::AdapterModule& m,
+                              bool fan_in_fan_out, MergeReport& report) {
+  return with_stored_type(t, cannot_merge,
+                          [&]<class S>(S) { return merged_bytes<S>(o, t, m, fan_in_fan_out, report); });
 }
 
 /// The bias of a layer with s times that of lora_B added, in the type it is stored as.
@@ -176,7 +177,7 @@ struct Plan {
         modules(base, true),
         where(match_adapter(o.adapter, adapter, modules, summary)) {}
   [[nodiscard]] const io::TensorView& weight(std::size_t k) const { return modules.weights[where[k]]; }
-  /// PEFT goes by what a layer is, whatever fan_in_fan_out says; so does the family.
+  /// Whether the weight lies in×out: as the model's family has it, else as the adapter says.
   [[nodiscard]] bool in_by_out(std::size_t k) const {
     return modules.in_by_out(where[k], adapter.config.fan_in_fan_out);
   }
@@ -190,14 +191,12 @@ void expect_convolution(const Options& o, const io::AdapterModule& m, const io::
   const auto& s = weight.shape();
   Index inner = 1;
   for (std::size_t d = 1; d < s.size(); ++d) inner *= Index(s[d]);
+  const std::string factors = "lora_A " + io::shape_text(m.a_shape) + ", lora_B " + io::shape_text(m.b_shape);
   if (m.factors.B.cols() != m.factors.rank())
-    throw IoError(o.adapter, m.name,
-                  "is a grouped convolution (lora_A " + io::shape_text(m.a_shape) + ", lora_B " +
-                      io::shape_text(m.b_shape) + "), which merge does not support");
+    throw IoError(o.adapter, m.name, "is a grouped convolution (" + factors + "), which merge does not support");
   if (s.size() != 4 || Index(s[0]) != m.factors.out_features() || inner != m.factors.in_features())
     throw IoError(o.adapter, m.name,
-                  "is a convolution of another shape: the weight is " + io::shape_text(s) + ", lora_A " +
-                      io::shape_text(m.a_shape) + ", lora_B " + io::shape_text(m.b_shape));
+                  "is a convolution of another shape: the weight is " + io::shape_text(s) + ", " + factors);
 }
 
 void plan_module(const Options& o, Plan& p, std::size_t k) {
@@ -230,6 +229,19 @@ void plan_saved(const Options& o, Plan& p, const io::SavedTensor& t) {
   if (!p.of_tensor.contains(name)) p.replaced[name] = &t;
 }
 
+/// PEFT goes by what a layer is, whatever fan_in_fan_out says; so does the family.
+void note_orientation(Plan& p) {
+  const bool said = p.adapter.config.fan_in_fan_out;
+  if (p.modules.need_fan_in_fan_out(p.where) == said) return;
+  for (std::size_t k = 0; k < p.where.size(); ++k) {
+    if (p.adapter.modules[k].kind != ModuleKind::linear || p.in_by_out(k) == said) continue;
+    p.notes.push_back(std::string("the adapter says fan_in_fan_out ") + (said ? "true" : "false") +
+                      ", but the base, a " + p.modules.config->model_type + ", has its weights " +
+                      (p.in_by_out(k) ? "in x out" : "out x in") + "; that counts");
+    return;
+  }
+}
+
 void make_plan(const Options& o, Plan& p) {
   for (std::size_t k = 0; k < p.where.size(); ++k) plan_module(o, p, k);
   for (const io::SavedTensor& t : p.adapter.saved) plan_saved(o, p, t);
@@ -237,15 +249,7 @@ void make_plan(const Options& o, Plan& p) {
   if (p.adapter.find("model.embed_tokens") != nullptr && !p.base.find("lm_head.weight"))
     p.notes.emplace_back(
         "the output head is tied to the embedding: merging changes both, unmerged only the embedding was adapted");
-  const bool said = p.adapter.config.fan_in_fan_out;
-  for (std::size_t k = 0; k < p.where.size(); ++k)
-    if (p.adapter.modules[k].kind == ModuleKind::linear && p.in_by_out(k) != said &&
-        p.modules.need_fan_in_fan_out(p.where) != said) {
-      p.notes.push_back(std::string("the adapter says fan_in_fan_out ") + (said ? "true" : "false") +
-                        ", but the base, a " + p.modules.config->model_type + ", has its weights " +
-                        (said ? "out x in" : "in x out") + "; that counts");
-      break;
-    }
+  note_orientation(p);
 }
 
 // ---- compute

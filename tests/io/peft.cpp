@@ -2,11 +2,12 @@
 // PEFT directories: what PEFT writes is understood, what is written says the same again, what is unknown is named.
 #include "lowrank/io/peft.hpp"
 
+#include "lowrank/io/checkpoint.hpp"
 #include "support.hpp"
 
 using namespace lowrank;
 using namespace lowrank::io;
-using namespace lowrank::test;
+using namespace test;
 
 namespace {
 

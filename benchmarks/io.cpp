@@ -32,7 +32,7 @@ void shell(const std::string& command) {
 std::uint64_t sum_of(Bytes b) {
   std::uint64_t sum = 0;
   std::size_t i = 0;
-  for (; i + 8 <= b.size(); i += 8) sum += io::detail::load_unaligned<std::uint64_t>(b.data() + i);
+  for (; i + 8 <= b.size(); i += 8) sum += io::load_unaligned<std::uint64_t>(b.data() + i);
   for (; i < b.size(); ++i) sum += std::uint64_t(b[i]);
   return sum;
 }

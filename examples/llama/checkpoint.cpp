@@ -14,9 +14,8 @@ namespace io = lowrank::io;
 namespace fs = std::filesystem;
 
 struct Source {
-  /// After read_llama_config(), which has refused what is no JSON object.
   explicit Source(const std::string& path)
-      : directory(path), config(io::Json::parse(io::read_text(path + "/config.json"))), tensors(path) {}
+      : directory(path), config(io::read_json_object(path + "/config.json")), tensors(path) {}
   std::string directory;
   io::Json config;  // as it stands in the file: a key nobody here knows goes back unchanged
   io::Checkpoint tensors;
@@ -229,6 +228,14 @@ void check_apart(const std::string& option, const std::string& path, const std::
   for (const auto& entry : fs::directory_iterator(path, ignored))
     if (entry.is_symlink(ignored) && fs::equivalent(fs::canonical(entry.path(), ignored).parent_path(), base, ignored))
       refuse(", where '" + entry.path().filename().string() + "' is a link into it");
+}
+
+void check_layout(const std::string& folder, const std::shared_ptr<const Source>& source) {
+  std::error_code ignored;
+  const bool sharded = source && !source->tensors.index().empty();
+  if (sharded && fs::exists(folder + "/model.safetensors", ignored))
+    throw lowrank::IoError(folder + "/model.safetensors",
+                           "would be read in place of the shards to be saved beside it; remove it, or save elsewhere");
 }
 
 void save_adapter(const std::string& directory, const Adaptation& adaptation, Model<float>& model,

@@ -214,6 +214,10 @@ void run(const Combine& o) {
   }
   out.config.target_expression.clear();
   out.config.target_modules = io::module_suffixes(out);
+  out.config.exclude_modules.clear();  // what one of the inputs left out, another may have brought
+  out.config.exclude_expression.clear();
+  out.config.layers_to_transform.clear();
+  out.config.layers_pattern.clear();
   const double distance = relative(std::sqrt(distance2), std::sqrt(norm2));
   Json report = {
       {"command", "combine"}, {"method", o.method}, {"relative_distance", distance}, {"modules", std::move(modules)}};

@@ -19,27 +19,28 @@ struct Options {
   bool changed_base = false, dry_run = false;
 };
 
-/// Head counts from --heads, or from the base's config.json: --base, else the directory the adapter names.
-io::GgufAdapterOptions gguf_settings(const Options& o, const std::string& named_base) {
+/// Architecture and head counts from the base's config.json: --base, else the directory the adapter names; --heads and
+/// --kv-heads override it. Without one, the architecture is what a file to be read says, else Llama's.
+io::GgufAdapterOptions gguf_settings(const Options& o, const std::string& named_base, bool reading) {
   io::GgufAdapterOptions g;
+  if (reading) g.architecture.clear();
+  if (!o.base.empty())
+    g = io::gguf_options(io::read_model_config(o.base));
+  else if (const auto config = io::find_model_config(named_base))
+    g = io::gguf_options(*config);
   g.dtype = factor_dtype(o.dtype);
   if (o.heads > 0) {
     g.heads = o.heads;
     g.kv_heads = o.kv_heads > 0 ? o.kv_heads : o.heads;
-    return g;
   }
-  std::error_code ignored;
-  const std::string directory = !o.base.empty() ? o.base : named_base;
-  if (!o.base.empty() || (!directory.empty() && fs::exists(fs::path(directory) / "config.json", ignored)))
-    return io::gguf_options(io::read_llama_config(directory), g.dtype);
-  return g;  // enough unless q_proj or k_proj is adapted; the writer says so
+  return g;
 }
 
 void write_npz(const std::string& path, const io::PeftAdapter& adapter, const std::string& dtype) {
   io::NpzWriter out(path);
   const auto add = [&](const std::string& name, const Matrix<float>& factor) {
     if (dtype == "f32") return out.add(name, factor);
-    io::detail::expect_f16_range(path, name, factor);
+    io::expect_f16_range(path, name, factor);
     Matrix<f16> narrow(factor.rows(), factor.cols());
     std::transform(factor.data(), factor.data() + factor.size(), narrow.data(), [](float x) { return f16(x); });
     out.add(name, narrow);
@@ -65,7 +66,7 @@ void run(const Options& o) {
   if (!o.base.empty()) expect_different(o.base, o.output);
   io::PeftAdapter adapter;
   if (o.adapter.ends_with(".gguf"))
-    adapter = io::read_gguf_adapter(o.adapter, gguf_settings(o, {}));
+    adapter = io::read_gguf_adapter(o.adapter, gguf_settings(o, {}, true));
   else
     adapter = io::read_peft(o.adapter);
   const std::optional<io::ChangedBase> mark = adapter.changed_base;
@@ -78,7 +79,7 @@ void run(const Options& o) {
   }
   expect_finite_factors(o.adapter, adapter);
   std::optional<io::GgufWriter> gguf;
-  if (o.to == "gguf") gguf = io::gguf_adapter(adapter, gguf_settings(o, adapter.config.base_model_name_or_path));
+  if (o.to == "gguf") gguf = io::gguf_adapter(adapter, gguf_settings(o, adapter.config.base_model_name_or_path, false));
   if (o.to == "npz" && !adapter.saved.empty())
     throw IoError(o.adapter, adapter.saved[0].spec.name,
                   "is a whole tensor saved with the adapter, which the .npz form does not hold");

@@ -5,7 +5,7 @@
 #include <lowrank/init/rank_choice.hpp>
 #include <lowrank/spectrum/rounding.hpp>
 
-#include <cstring>
+#include <set>
 
 #include "models.hpp"
 #include "outputs.hpp"
@@ -19,7 +19,7 @@ struct Options {
   TargetArguments targets;
   Index rank = 0, max_rank = 256;
   double energy = 0;
-  bool noise_floor = false, dry_run = false;
+  bool noise_floor = false, fan_in_fan_out = false, dry_run = false;
   std::uint64_t seed = 0;
 };
 
@@ -34,19 +34,25 @@ double rounding_edge(const io::TensorView& a, const io::TensorView& b) {
   return bf ? rounding_noise<bf16>(view, both).edge : rounding_noise<f16>(view, both).edge;
 }
 
+/// The leading triplets of the difference, as the weights are stored.
+/// **Throws** IoError naming the tensor, and the element where it is not finite.
 Extracted<float> extracted(const io::TensorView& tuned, const io::TensorView& base, Index rank, std::uint64_t seed) {
   ExtractOptions e{.rank = rank};
   e.svd.seed = seed;
-  if (tuned.dtype() == io::Dtype::BF16 && base.dtype() == io::Dtype::BF16)
-    return with_weight(tuned, [&]<class S1>(MatrixView<const S1> W1) {
-      return with_weight(base, [&]<class S0>(MatrixView<const S0> W0) -> Extracted<float> {
-        if constexpr (std::is_same_v<S1, bf16> && std::is_same_v<S0, bf16>)
-          return extract_adapter(W1, W0, e);
-        else
-          throw ArgumentError("lowrank extract: unreachable, both are bf16");
-      });
-    });
-  return extract_adapter(tuned.to_matrix<float>().view(), base.to_matrix<float>().view(), e);
+  try {
+    if (tuned.dtype() == io::Dtype::BF16 && base.dtype() == io::Dtype::BF16) {
+      const Matrix<bf16> W1 = tuned.folded<bf16>(), W0 = base.folded<bf16>();
+      return extract_adapter(W1.view(), W0.view(), e);
+    }
+    const Matrix<float> W1 = tuned.to_matrix<float>(), W0 = base.to_matrix<float>();
+    return extract_adapter(W1.view(), W0.view(), e);
+  } catch (const IoError&) {
+    throw;
+  } catch (const Error& error) {
+    expect_finite_weight(base);
+    expect_finite_weight(tuned);
+    tuned.fail(error.what());
+  }
 }
 
 /// The leading `rank` triplets only.
@@ -55,22 +61,28 @@ void cut(LoraFactors<float>& f, Index rank) {
   f.B = Matrix<float>(f.B.view().middle_cols(0, rank));
 }
 
-void run(const Options& o) {
-  if ((o.rank > 0) + (o.energy > 0) + o.noise_floor != 1)
-    throw UsageError("extract: give exactly one of --rank, --energy, --noise-floor");
+/// What the options leave to do, checked before anything is computed.
+struct Plan {
+  io::Checkpoint base, tuned;
+  Modules modules;
+  TargetSelection chosen;
+
+  explicit Plan(const Options& o) : base(checkpoint_path(o.base)), tuned(checkpoint_path(o.tuned)), modules(base) {}
+};
+
+Plan make_plan(const Options& o) {
   expect_different(o.base, o.output);
   expect_different(o.tuned, o.output);
   expect_no_changed_base(o.output);
-  const io::Checkpoint base(checkpoint_path(o.base)), tuned(checkpoint_path(o.tuned));
-  const Modules modules(base);
-  const TargetSelection chosen = o.targets.select(modules);
-  std::vector<bool> selected(modules.infos.size());
-  for (const std::size_t i : chosen.selected) {
-    selected[i] = true;
-    const io::TensorView& w = modules.weights[i];
-    if (modules.infos[i].kind != ModuleKind::linear)
+  Plan p(o);
+  p.modules.settle_orientation(o.fan_in_fan_out);
+  p.chosen = o.targets.select(p.modules);
+  for (const std::size_t i : p.chosen.selected) {
+    const io::TensorView& w = p.modules.weights[i];
+    const ModuleInfo& m = p.modules.infos[i];
+    if (m.kind != ModuleKind::linear)
       w.fail("is no linear layer; extract leaves embeddings and convolutions out (--exclude)");
-    const auto t = tuned.find(w.name());
+    const auto t = p.tuned.find(w.name());
     if (!t) throw IoError(o.tuned, w.name(), "is missing");
     if (t->shape() != w.shape())
       throw IoError(o.tuned, w.name(),
@@ -78,93 +90,132 @@ void run(const Options& o) {
     // Eight bits need the scale that is kept elsewhere.
     for (const io::TensorView& stored : {w, *t})
       with_stored_type(stored, "; extract takes F32, F64, BF16 and F16", [](auto) {});
+    if (m.role == ModuleRole::router && o.rank > m.rows)
+      w.fail(common::text("is a router of ", m.rows, " experts, too few for rank ", o.rank));
+    if (o.rank > std::min(w.rows(), w.cols())) w.fail(common::text("is too small for rank ", o.rank));
   }
+  return p;
+}
+
+/// What became of a targeted module.
+enum class Verdict {
+  adapted,
+  unchanged,        ///< not a bit differs
+  within_rounding,  ///< it differs by no more than the rounding of its type
+};
+
+struct ModuleReport {
+  std::string name;
+  Verdict verdict = Verdict::unchanged;
+  RankChoice choice = {};
+  double norm = 0, lost = 0;  ///< of the update; of what the rank leaves out
+  double sigma_1 = 0, noise_edge = 0;
+  Index passes = 0;
+  bool converged = true;
+};
+
+struct Results {
   io::PeftAdapter adapter;
-  adapter.config.task_type = "CAUSAL_LM";
-  adapter.config.base_model_name_or_path = absolute_path(o.base);
-  Json reports = Json::array();
+  std::vector<ModuleReport> modules;    ///< one for each that was targeted
+  std::size_t differing_elsewhere = 0;  ///< tensors outside the targets
+
+  [[nodiscard]] std::size_t count(Verdict v) const {
+    return std::size_t(
+        std::count_if(modules.begin(), modules.end(), [&](const ModuleReport& m) { return m.verdict == v; }));
+  }
+  /// Of the update over all modules.
+  [[nodiscard]] double relative_error() const {
+    double norm2 = 0, lost2 = 0;
+    for (const ModuleReport& m : modules) {
+      norm2 += m.norm * m.norm;
+      lost2 += m.lost * m.lost;
+    }
+    return norm2 > 0 ? std::sqrt(lost2 / norm2) : 0;
+  }
+};
+
+/// One module whose weight differs: the rank that was asked for, tried in doubling steps, and its factors.
+ModuleReport compute_module(const Options& o, const ModuleInfo& info, const io::TensorView& w, const io::TensorView& t,
+                            io::PeftAdapter& adapter) {
+  const Index full = std::min(w.rows(), w.cols()), cap = std::min(o.max_rank, full);
+  ModuleReport r{.name = info.name};
+  r.noise_edge = o.noise_floor ? rounding_edge(t, w) : 0;
+  Extracted<float> e;
+  for (Index tried = o.rank > 0 ? o.rank : std::min<Index>(16, cap);; tried = std::min(2 * tried, cap)) {
+    throw_if_interrupted();
+    e = extracted(t, w, tried, CounterRng(o.seed, 2).bits(module_stream(info.name)));
+    const std::span<const float> sigma(e.sigma);
+    r.choice = o.rank > 0     ? RankChoice{.rank = o.rank}
+               : o.energy > 0 ? rank_for_energy(sigma, o.energy, e.norm * e.norm)
+                              : rank_for_spectral_error(sigma, r.noise_edge, full);
+    if (r.choice.reached || tried == cap) break;
+  }
+  double captured = 0;
+  for (Index k = 0; k < r.choice.rank; ++k) captured += std::pow(double(e.sigma[std::size_t(k)]), 2);
+  r.norm = e.norm;
+  r.lost = std::sqrt(std::max(0.0, e.norm * e.norm - captured));
+  r.sigma_1 = e.sigma.empty() ? 0 : double(e.sigma[0]);
+  r.passes = e.passes;
+  r.converged = e.converged;
+  r.verdict = r.choice.rank > 0 ? Verdict::adapted : Verdict::within_rounding;
+  if (r.verdict != Verdict::adapted) return r;
+  if (r.choice.rank < e.factors.rank()) cut(e.factors, r.choice.rank);
+  io::AdapterModule m;
+  m.name = info.name;
+  m.factors = std::move(e.factors);
+  if (info.in_by_out) {  // what was decomposed is the transpose of the update: (B·A)ᵀ = Aᵀ·Bᵀ
+    Matrix<float> A(m.factors.B.view().transposed());
+    m.factors.B = Matrix<float>(m.factors.A.view().transposed());
+    m.factors.A = std::move(A);
+  }
+  m.dtype = factor_dtype(o.dtype);
+  round_factors(m.factors, m.dtype);
+  adapter.modules.push_back(std::move(m));
+  return r;
+}
+
+/// What an adapter cannot carry: differences outside the targets.
+std::size_t count_elsewhere(const Plan& p) {
+  std::set<std::string> targeted;
+  for (const std::size_t i : p.chosen.selected) targeted.insert(p.modules.weights[i].name());
+  std::size_t differing = 0;
+  p.base.for_each([&](const io::TensorView& w) {
+    throw_if_interrupted();
+    if (targeted.contains(w.name())) return;
+    const auto t = p.tuned.find(w.name());
+    differing += !t || !same_bytes(*t, w);
+  });
+  return differing;
+}
+
+Results compute(const Options& o, const Plan& p) {
+  Results results;
+  io::PeftAdapter& adapter = results.adapter;
   std::vector<std::size_t> kept;
-  double norm2 = 0, error2 = 0;
-  std::size_t unchanged = 0;
   std::uint64_t total = 0;
-  for (const std::size_t i : chosen.selected) total += modules.weights[i].bytes().size();
+  for (const std::size_t i : p.chosen.selected) total += p.modules.weights[i].bytes().size();
   {
-    Progress progress(o.common, "extract", chosen.selected.size(), "matrices", total);
-    for (const std::size_t i : chosen.selected) {
+    Progress progress(o.common, "extract", p.chosen.selected.size(), "matrices", total);
+    for (const std::size_t i : p.chosen.selected) {
       throw_if_interrupted();
-      const io::TensorView& w = modules.weights[i];
-      const io::TensorView t = tuned[w.name()];
-      const auto done = [&] {
-        progress.advance(w.bytes().size(), w.name());
-        w.drop();
-        t.drop();
-      };
-      if (t.dtype() == w.dtype() && std::memcmp(t.bytes().data(), w.bytes().data(), w.bytes().size()) == 0) {
-        ++unchanged;
-        done();
-        continue;
-      }
-      const Index full = std::min(w.rows(), w.cols()), cap = std::min(o.max_rank, full);
-      if (o.rank > full) w.fail(lowrank::detail::text("is too small for rank ", o.rank));
-      const double edge = o.noise_floor ? rounding_edge(t, w) : 0;
-      Index tried = o.rank > 0 ? o.rank : std::min<Index>(16, cap);
-      Extracted<float> e;
-      RankChoice choice;
-      for (;; tried = std::min(2 * tried, cap)) {
-        throw_if_interrupted();
-        e = extracted(t, w, tried, CounterRng(o.seed, 2).bits(module_stream(modules.infos[i].name)));
-        const std::span<const float> sigma(e.sigma);
-        choice = o.rank > 0     ? RankChoice{.rank = o.rank}
-                 : o.energy > 0 ? rank_for_energy(sigma, o.energy, e.norm * e.norm)
-                                : rank_for_spectral_error(sigma, edge, full);
-        if (choice.reached || tried == cap) break;
-      }
-      double captured = 0;
-      for (Index k = 0; k < choice.rank; ++k) captured += std::pow(double(e.sigma[std::size_t(k)]), 2);
-      const double lost2 = std::max(0.0, e.norm * e.norm - captured);
-      norm2 += e.norm * e.norm;
-      error2 += lost2;
-      reports.push_back({{"name", modules.infos[i].name},
-                         {"rank", choice.rank},
-                         {"reached", choice.reached},
-                         {"norm", e.norm},
-                         {"relative_error", e.norm > 0 ? std::sqrt(lost2) / e.norm : 0.0},
-                         {"sigma_1", e.sigma.empty() ? 0.F : e.sigma[0]},
-                         {"noise_edge", edge},
-                         {"passes", e.passes},
-                         {"converged", e.converged}});
-      if (choice.rank > 0) {
-        if (choice.rank < e.factors.rank()) cut(e.factors, choice.rank);
-        io::AdapterModule m;
-        m.name = modules.infos[i].name;
-        m.factors = std::move(e.factors);
-        m.dtype = factor_dtype(o.dtype);
-        round_factors(m.factors, m.dtype);
-        adapter.modules.push_back(std::move(m));
-        kept.push_back(i);
-      }
-      done();
+      const io::TensorView& w = p.modules.weights[i];
+      const io::TensorView t = p.tuned[w.name()];
+      const ModuleInfo& info = p.modules.infos[i];
+      results.modules.push_back(same_bytes(t, w) ? ModuleReport{.name = info.name}
+                                                 : compute_module(o, info, w, t, adapter));
+      if (results.modules.back().verdict == Verdict::adapted) kept.push_back(i);
+      progress.advance(w.bytes().size(), w.name());
     }
   }
-  // What an adapter cannot carry: differences elsewhere.
-  std::size_t elsewhere = 0;
-  base.for_each([&](const io::TensorView& w) {
-    throw_if_interrupted();
-    const auto suffix = std::string_view(".weight").size();
-    const auto at = w.name().ends_with(".weight")
-                        ? modules.find(std::string_view(w.name()).substr(0, w.name().size() - suffix))
-                        : std::nullopt;
-    if (at && selected[*at]) return;
-    const auto t = tuned.find(w.name());
-    elsewhere += !t || t->dtype() != w.dtype() || t->shape() != w.shape() ||
-                 std::memcmp(t->bytes().data(), w.bytes().data(), w.bytes().size()) != 0;
-    w.drop();
-    if (t) t->drop();
-  });
-  if (adapter.modules.empty())
-    throw IoError(o.tuned, unchanged == chosen.selected.size() ? "equals the base in every targeted module"
-                                                               : "differs from the base by no more than rounding");
-  adapter.config.target_modules = target_list(modules, kept);
+  results.differing_elsewhere = count_elsewhere(p);
+  if (kept.empty())
+    throw IoError(o.tuned, results.count(Verdict::unchanged) == results.modules.size()
+                               ? "equals the base in every targeted module"
+                               : "differs from the base by no more than rounding");
+  adapter.config.task_type = p.modules.task_type();
+  adapter.config.base_model_name_or_path = absolute_path(o.base);
+  adapter.config.fan_in_fan_out = p.modules.need_fan_in_fan_out(kept);
+  adapter.config.target_modules = target_list(p.modules, kept);
   std::sort(adapter.modules.begin(), adapter.modules.end(),
             [](const auto& a, const auto& b) { return a.name < b.name; });
   io::describe_modules(adapter);
@@ -175,29 +226,66 @@ void run(const Options& o) {
     const Finishing finishing;
     io::write_peft(o.output, adapter);
   }
-  const auto short_of = std::count_if(reports.begin(), reports.end(), [](const Json& r) { return !r["reached"]; });
+  return results;
+}
+
+void report(const Options& o, const Plan& p, const Results& r) {
+  Json modules = Json::array();
+  std::size_t short_of = 0;
+  for (const ModuleReport& m : r.modules) {
+    if (m.verdict == Verdict::unchanged) continue;
+    short_of += !m.choice.reached;
+    modules.push_back({{"name", m.name},
+                       {"rank", m.choice.rank},
+                       {"reached", m.choice.reached},
+                       {"norm", m.norm},
+                       {"relative_error", m.norm > 0 ? m.lost / m.norm : 0.0},
+                       {"sigma_1", m.sigma_1},
+                       {"noise_edge", m.noise_edge},
+                       {"passes", m.passes},
+                       {"converged", m.converged}});
+  }
+  if (const std::string line = p.modules.family_note(p.chosen.selected); !line.empty()) note(o.common, line);
   if (short_of > 0)
-    note(o.common, lowrank::detail::text(short_of, " modules did not reach what was asked within rank ", o.max_rank,
-                                         "; --max-rank allows more"));
-  if (elsewhere > 0)
-    note(o.common,
-         lowrank::detail::text(elsewhere, " tensors outside the targets differ too; the adapter does not carry that"));
-  const double error = norm2 > 0 ? std::sqrt(error2 / norm2) : 0;
+    note(o.common, common::text(short_of, " modules did not reach what was asked within rank ", o.max_rank,
+                                "; --max-rank allows more"));
+  if (r.differing_elsewhere > 0)
+    note(o.common, common::text(r.differing_elsewhere,
+                                " tensors outside the targets differ too; the adapter does not carry that"));
   const Json report = {{"command", "extract"},
-                       {"applied", adapter.modules.size()},
-                       {"targeted", chosen.selected.size()},
-                       {"unchanged", unchanged},
-                       {"differing_elsewhere", elsewhere},
-                       {"relative_error", error},
-                       {"parameters", adapter.parameters()},
+                       {"applied", r.adapter.modules.size()},
+                       {"targeted", p.chosen.selected.size()},
+                       {"unchanged", r.count(Verdict::unchanged)},
+                       {"differing_elsewhere", r.differing_elsewhere},
+                       {"relative_error", r.relative_error()},
+                       {"parameters", r.adapter.parameters()},
                        {"output", o.output},
                        {"dry_run", o.dry_run},
-                       {"modules", std::move(reports)}};
+                       {"modules", std::move(modules)}};
   print(o.common, report,
-        lowrank::detail::text(adapter.modules.size(), " of ", chosen.selected.size(),
-                              " targeted modules got an adapter, ", unchanged, " unchanged\n") +
-            "relative error of the update: " + number(error) + "\n" + std::to_string(adapter.parameters()) +
-            " parameters; " + (o.dry_run ? "would write " : "wrote ") + o.output + "\n");
+        common::text(r.adapter.modules.size(), " of ", p.chosen.selected.size(), " targeted modules got an adapter, ",
+                     r.count(Verdict::unchanged),
+                     " unchanged\nrelative error of the update: ", number(r.relative_error()), "\n",
+                     r.adapter.parameters(), " parameters; ", o.dry_run ? "would write " : "wrote ", o.output, "\n"));
+}
+
+/// **Throws** UsageError unless exactly one rule chooses the ranks, and for what has no use with it.
+void expect_one_rule(const CLI::App& sub) {
+  std::string given;
+  int count = 0;
+  for (const char* rule : {"--rank", "--energy", "--noise-floor"})
+    if (sub.get_option(rule)->count() > 0) given += (count++ == 0 ? "" : " and ") + std::string(rule);
+  if (count != 1)
+    throw UsageError("extract: give exactly one of --rank, --energy, --noise-floor" +
+                     (count == 0 ? std::string() : ", got " + given));
+  if (given == "--rank" && sub.get_option("--max-rank")->count() > 0)
+    throw UsageError("extract: --rank has no use for --max-rank, which belongs to --energy and --noise-floor");
+}
+
+void run(const Options& o) {
+  const Plan plan = make_plan(o);
+  const Results results = compute(o, plan);
+  report(o, plan, results);
 }
 
 void add_extract(CLI::App& app) {
@@ -219,7 +307,12 @@ void add_extract(CLI::App& app) {
       ->capture_default_str()
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));
   sub->add_flag("--dry-run", o->dry_run, "Say what would be done, write nothing");
-  sub->callback([o] { run(*o); });
+  sub->add_flag("--fan-in-fan-out", o->fan_in_fan_out,
+                "Weights are stored in x out, where config.json does not tell (GPT-2's Conv1D)");
+  sub->callback([o, sub] {
+    expect_one_rule(*sub);
+    run(*o);
+  });
 }
 
 const Registration registration{30, "extract", add_extract};

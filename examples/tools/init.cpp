@@ -66,7 +66,7 @@ std::string write_packed(io::SafeTensorsWriter& out, const TensorView& weight, c
 /// What transformers needs in config.json to load packed weights: which layers are, and how.
 std::string with_quantization_config(const std::string& path, const std::string& text, const Options& o,
                                      const Modules& modules, const std::vector<bool>& packed) {
-  Json config = io::detail::parse_json(path, text);
+  Json config = io::parse_json(path, text);
   if (!config.is_object()) throw IoError(path, "must hold a JSON object");
   Json plain = Json::array();
   std::string compute = "float32";
@@ -107,15 +107,17 @@ void check_shapes(const Options& o, const Modules& modules, const TargetSelectio
     if (m.kind == ModuleKind::embedding && (changes_base(o.method.method) || o.method.data || o.dora))
       modules.weights[i].fail("is an embedding; " + (o.dora ? std::string("DoRA") : o.method.method) +
                               " adapts linear layers, leave it out with --exclude");
+    if (m.role == ModuleRole::router && o.method.rank > m.rows)
+      modules.weights[i].fail(common::text("is a router of ", m.rows, " experts, too few for rank ", o.method.rank));
     if (o.method.rank > std::min(m.rows, m.cols))
-      modules.weights[i].fail(lowrank::detail::text("is ", lowrank::detail::shape_text(m.rows, m.cols),
-                                                    ", too small for rank ", o.method.rank));
+      modules.weights[i].fail(
+          common::text("is ", common::shape_text(m.rows, m.cols), ", too small for rank ", o.method.rank));
     if (o.method.method == "lora_ga" && 2 * o.method.rank > std::min(m.rows, m.cols))
-      modules.weights[i].fail(lowrank::detail::text("is ", lowrank::detail::shape_text(m.rows, m.cols),
-                                                    ", lora_ga needs twice the rank ", o.method.rank));
+      modules.weights[i].fail(
+          common::text("is ", common::shape_text(m.rows, m.cols), ", lora_ga needs twice the rank ", o.method.rank));
     // All that the method will want of the data is looked for before anything is computed.
     if (needs_activations(o.method.method))
-      (void)find_activations(*o.method.data, m.name, o.fan_in_fan_out ? m.rows : m.cols);
+      (void)find_activations(*o.method.data, m.name, m.in_by_out ? m.rows : m.cols);
     if (needs_gradients(o.method.method)) (void)find_gradient(*o.method.data, m);
     const auto d = modules.weights[i].dtype();
     if (d != io::Dtype::F32 && d != io::Dtype::F64 && d != io::Dtype::BF16 && d != io::Dtype::F16)
@@ -136,26 +138,13 @@ void leave_out_rank_zero(const Options& o, TargetSelection& chosen, EvaPlan& pla
   }
   const std::size_t none = plan.ranks.size() - kept;
   if (kept == 0) throw IoError(o.activations, "the activations do not vary: no module has a direction to adapt");
-  if (none > 0) notes.push_back(lowrank::detail::text("eva: ", none, " modules explain too little to get a rank"));
+  if (none > 0) notes.push_back(common::text("eva: ", none, " modules explain too little to get a rank"));
   if (total < o.method.rank * Index(plan.ranks.size()))
-    notes.push_back(lowrank::detail::text("eva: the activations have only ", total, " directions for ranks of ",
-                                          o.method.rank * Index(plan.ranks.size()), " in all"));
+    notes.push_back(common::text("eva: the activations have only ", total, " directions for ranks of ",
+                                 o.method.rank * Index(plan.ranks.size()), " in all"));
   chosen.selected.resize(kept);
   plan.inputs.erase(plan.inputs.begin() + std::ptrdiff_t(kept), plan.inputs.end());
   plan.ranks.resize(kept);
-}
-
-Json module_report(const std::string& name, const Outcome& o) {
-  const InitReport& r = o.report;
-  Json j = {{"name", name},       {"residual_norm", r.residual_norm}, {"storage_error", r.storage_error},
-            {"passes", r.passes}, {"converged", r.converged},         {"seconds", r.seconds},
-            {"notes", r.notes},   {"rank", o.factors.rank()}};
-  if (r.total_energy > 0) j["captured_energy"] = r.captured_energy / r.total_energy;
-  if (o.plain_error > 0) {
-    j["plain_quantisation_error"] = o.plain_error;
-    j["error"] = o.error;
-  }
-  return j;
 }
 
 /// --block-size as the quantised methods have it, whatever the method.
@@ -167,198 +156,339 @@ std::string check_block_size(const std::string& text) {
              : "must be a power of two from 32 to 4096, got " + text;
 }
 
-void run(Options& o) {
-  namespace fs = std::filesystem;
-  if (o.packed && (!quantises(o.method.method) || o.method.bits != 4))
-    throw UsageError("init: --packed needs loftq or qpissa with --bits 4, the form bitsandbytes has");
+/// An option that only some methods look at.
+struct MethodOption {
+  const char* option;
+  std::vector<std::string_view> methods;
+};
+const std::vector<MethodOption>& method_options() {
+  static const std::vector<std::string_view> quantising{"loftq", "qpissa"};
+  static const std::vector<MethodOption> table{
+      {"--bits", quantising},
+      {"--iters", quantising},
+      {"--block-size", quantising},
+      {"--double-quant", quantising},
+      {"--scale-search", quantising},
+      {"--packed", quantising},
+      {"--activations", {"eva", "corda"}},
+      {"--gradients", {"lora_ga"}},
+      {"--mode", {"corda"}},
+      {"--damping", {"corda"}},
+      {"--gamma", {"lora_ga"}},
+      {"--rho", {"eva"}},
+      {"--whiten", {"eva"}},
+      {"--no-centre", {"eva"}},
+  };
+  return table;
+}
+
+/// **Throws** UsageError for an option that the method has no use for: nothing a user said is ignored.
+void expect_used(const CLI::App& sub, const std::string& method) {
+  for (const MethodOption& m : method_options()) {
+    if (sub.get_option(m.option)->count() == 0 || common::is_one_of(method, m.methods)) continue;
+    std::string list;
+    for (std::size_t i = 0; i < m.methods.size(); ++i)
+      list += (i == 0 ? "" : i + 1 == m.methods.size() ? " and " : ", ") + std::string(m.methods[i]);
+    throw UsageError("init: " + method + " has no use for " + m.option + ", which belongs to " + list);
+  }
+}
+
+/// What the options leave to do, checked in full before anything is computed or written.
+struct Plan {
+  io::Checkpoint checkpoint;
+  Modules modules;
+  TargetSelection chosen;
+  EvaPlan eva;
+  std::string base_directory;
+  bool changed = false;            ///< the method writes a base of its own
+  Index parameters = 0;            ///< as the nominal ranks have it
+  std::vector<std::string> notes;  ///< said when the work is done: an error is one line alone
+
+  explicit Plan(const std::string& path) : checkpoint(checkpoint_path(path)), modules(checkpoint) {}
+};
+
+Plan make_plan(Options& o) {
+  if (o.packed && o.method.bits != 4) throw UsageError("init: --packed needs --bits 4, the form bitsandbytes has");
   for (const auto& [option, file, needed] :
        {std::tuple("--activations", &o.activations, needs_activations(o.method.method)),
-        std::tuple("--gradients", &o.gradients, needs_gradients(o.method.method))}) {
-    if (needed == file->empty())
-      throw UsageError("init: " + o.method.method + (needed ? " needs " : " has no use for ") + option);
-    if (needed) o.method.data = std::make_shared<ModuleData>(*file);
-  }
+        std::tuple("--gradients", &o.gradients, needs_gradients(o.method.method))})
+    if (needed) {
+      if (file->empty()) throw UsageError("init: " + o.method.method + " needs " + option);
+      o.method.data = std::make_shared<ModuleData>(*file);
+    }
   if (o.method.alpha == 0) o.method.alpha = double(o.method.rank);
-  const io::Checkpoint checkpoint(checkpoint_path(o.checkpoint));
-  const Modules modules(checkpoint);
-  TargetSelection chosen = o.targets.select(modules);
-  check_shapes(o, modules, chosen);
+  Plan p(o.checkpoint);
+  p.modules.settle_orientation(o.fan_in_fan_out);
+  p.chosen = o.targets.select(p.modules);
+  check_shapes(o, p.modules, p.chosen);
   expect_different(o.checkpoint, o.output);
-  const std::string base_directory = (fs::path(o.output) / "base").string();
-  const bool changed = changes_base(o.method.method);
-  if (!changed) expect_no_changed_base(o.output);
-  const bool eva = o.method.method == "eva";
-  std::vector<std::string> notes;  // said when the work is done: an error is one line alone
-  EvaPlan plan;
-  if (eva) {
-    plan = plan_eva(o.method, modules, chosen.selected, o.fan_in_fan_out, o.seed);
-    leave_out_rank_zero(o, chosen, plan, notes);
+  p.base_directory = (std::filesystem::path(o.output) / "base").string();
+  p.changed = changes_base(o.method.method);
+  if (!p.changed) expect_no_changed_base(o.output);
+  if (const std::string line = p.modules.family_note(p.chosen.selected); !line.empty()) p.notes.push_back(line);
+  if (o.method.method == "eva") {
+    p.eva = plan_eva(o.method, p.modules, p.chosen.selected, o.seed);
+    leave_out_rank_zero(o, p.chosen, p.eva, p.notes);
   }
-  const auto rank_of = [&](std::size_t k) { return eva ? plan.ranks[k] : o.method.rank; };
+  for (std::size_t k = 0; k < p.chosen.selected.size(); ++k) {
+    const ModuleInfo& m = p.modules.infos[p.chosen.selected[k]];
+    const Index rank = p.eva.ranks.empty() ? o.method.rank : p.eva.ranks[k];
+    p.parameters += rank * (m.rows + m.cols) + (!o.dora ? 0 : m.in_by_out ? m.cols : m.rows);
+  }
+  return p;
+}
 
+/// The adapter without its modules.
+io::PeftAdapter empty_adapter(const Options& o, const Plan& p) {
   io::PeftAdapter adapter;
   adapter.config.r = o.method.rank;
   adapter.config.lora_alpha = o.method.alpha;
   adapter.config.use_rslora = o.method.rslora;
   adapter.config.use_dora = o.dora;
-  adapter.config.fan_in_fan_out = o.fan_in_fan_out;
-  adapter.config.task_type = "CAUSAL_LM";
-  adapter.config.target_modules = target_list(modules, chosen.selected);
-  adapter.config.base_model_name_or_path = absolute_path(changed ? base_directory : o.checkpoint);
+  adapter.config.fan_in_fan_out = p.modules.need_fan_in_fan_out(p.chosen.selected);
+  adapter.config.task_type = p.modules.task_type();
+  adapter.config.target_modules = target_list(p.modules, p.chosen.selected);
+  adapter.config.base_model_name_or_path = absolute_path(p.changed ? p.base_directory : o.checkpoint);
   adapter.metadata[io::method_metadata_key] = o.method.method;
-  if (changed)
+  if (p.changed)
     adapter.changed_base = io::ChangedBase{.kind = quantises(o.method.method) ? "quantized" : "residual",
                                            .method = o.method.method,
                                            .original = absolute_path(o.checkpoint)};
-  Index parameters = 0;
-  std::uint64_t total_bytes = 0;
-  for (std::size_t k = 0; k < chosen.selected.size(); ++k) {
-    const std::size_t i = chosen.selected[k];
-    const ModuleInfo& m = modules.infos[i];
-    parameters += rank_of(k) * (m.rows + m.cols) + (!o.dora ? 0 : o.fan_in_fan_out ? m.cols : m.rows);
-    total_bytes += modules.weights[i].bytes().size();
-  }
-  Json report = {{"command", "init"},
-                 {"method", o.method.method},
-                 {"rank", o.method.rank},
-                 {"alpha", o.method.alpha},
-                 {"rslora", o.method.rslora},
-                 {"applied", chosen.selected.size()},
-                 {"adaptable", chosen.adaptable},
-                 {"parameters", parameters},
-                 {"output", o.output},
-                 {"base_changed", changed},
-                 {"dry_run", o.dry_run}};
-  if (o.dry_run) {
-    Json names = Json::array();
-    std::string text = chosen.summary() + "\n";
-    for (const std::size_t i : chosen.selected) {
-      names.push_back(modules.infos[i].name);
-      text += "  " + modules.infos[i].name + "  " +
-              lowrank::detail::shape_text(modules.infos[i].rows, modules.infos[i].cols) + "\n";
-    }
-    report["modules"] = std::move(names);
-    text += std::to_string(parameters) + " parameters; would write " + o.output +
-            (changed ? " and " + base_directory : "") + "\n";
-    return print(o.common, report, text);
-  }
+  return adapter;
+}
 
+/// What is said of one module.
+struct ModuleReport {
+  std::string name;
+  Index rank = 0;
+  InitReport init;
+  double plain_error = 0, error = 0;  ///< of a quantised base
+};
+
+/// What was done.
+struct Results {
+  io::PeftAdapter adapter;
+  std::vector<ModuleReport> modules;
   Times times;
-  Json module_reports = Json::array();
-  double captured_least = 1, plain2 = 0, error2 = 0;
-  bool converged = true;
-  const auto keep = [&](const ModuleInfo& info, const TensorView& weight, Outcome&& out) {
-    io::AdapterModule m;
-    m.name = info.name;
-    m.kind = info.kind;
-    m.factors = std::move(out.factors);
-    m.dtype = factor_dtype(o.method.dtype);
-    round_factors(m.factors, m.dtype);  // nothing changes where the method rounded already
-    if (o.dora)
-      m.magnitude = quantises(o.method.method) ? row_norms(out.base, m.factors) : row_norms(weight, o.fan_in_fan_out);
-    if (out.report.total_energy > 0)
-      captured_least = std::min(captured_least, out.report.captured_energy / out.report.total_energy);
-    converged = converged && out.report.converged;
-    module_reports.push_back(module_report(info.name, out));
-    plain2 += out.plain_error * out.plain_error;
-    error2 += out.error * out.error;
-    adapter.modules.push_back(std::move(m));
-  };
-  std::vector<bool> selected(modules.infos.size());
-  for (const std::size_t i : chosen.selected) selected[i] = true;
-  const auto seed_of = [&](std::size_t i) { return CounterRng(o.seed, 1).bits(module_stream(modules.infos[i].name)); };
+  double seconds = 0;
 
-  remove_leftovers(o.common, {o.output, base_directory});
-  const NewDirectories made(changed ? base_directory : o.output);
+  [[nodiscard]] bool converged() const {
+    return std::all_of(modules.begin(), modules.end(), [](const ModuleReport& m) { return m.init.converged; });
+  }
+  [[nodiscard]] double captured_least() const {
+    double least = 1;
+    for (const ModuleReport& m : modules)
+      if (m.init.total_energy > 0) least = std::min(least, m.init.captured_energy / m.init.total_energy);
+    return least;
+  }
+  /// ‖W − (Q + s·B·A)‖ over all modules, relative to plain quantisation.
+  [[nodiscard]] double error_ratio() const {
+    double plain2 = 0, error2 = 0;
+    for (const ModuleReport& m : modules) {
+      plain2 += m.plain_error * m.plain_error;
+      error2 += m.error * m.error;
+    }
+    return plain2 > 0 ? std::sqrt(error2 / plain2) : 0;
+  }
+};
+
+/// Keeps what the method made of one module.
+void keep(const Options& o, const ModuleInfo& info, const TensorView& weight, Outcome&& out, Results& results) {
+  io::AdapterModule m;
+  m.name = info.name;
+  m.kind = info.kind;
+  m.factors = std::move(out.factors);
+  m.dtype = factor_dtype(o.method.dtype);
+  round_factors(m.factors, m.dtype);  // nothing changes where the method rounded already
+  if (o.dora)
+    m.magnitude = quantises(o.method.method) ? row_norms(out.base, m.factors) : row_norms(weight, info.in_by_out);
+  results.modules.push_back({info.name, m.factors.rank(), std::move(out.report), out.plain_error, out.error});
+  results.adapter.modules.push_back(std::move(m));
+}
+
+std::uint64_t seed_of(const Options& o, const ModuleInfo& info) {
+  return CounterRng(o.seed, 1).bits(module_stream(info.name));
+}
+
+/// The base is another one: module by module while it is written.
+io::StagedFiles compute_with_base(const Options& o, Plan& p, Results& results, std::unique_ptr<Finishing>& finishing) {
+  const Modules& modules = p.modules;
+  Times& times = results.times;
+  std::vector<bool> selected(modules.infos.size());
+  for (const std::size_t i : p.chosen.selected) selected[i] = true;
+  const auto rewrite = [&](const TensorView& t) -> std::optional<io::TensorRewrite> {
+    const auto suffix = std::string_view(".weight").size();
+    const auto at = t.name().ends_with(".weight")
+                        ? modules.find(std::string_view(t.name()).substr(0, t.name().size() - suffix))
+                        : std::nullopt;
+    if (!at || !selected[*at]) return std::nullopt;
+    const ModuleInfo& info = modules.infos[*at];
+    return io::TensorRewrite{
+        o.packed ? packed_specs(o, t, info.in_by_out) : std::vector<io::TensorSpec>{{t.name(), t.dtype(), t.shape()}},
+        [&, i = *at](io::SafeTensorsWriter& out) {
+          const TensorView& weight = modules.weights[i];
+          auto clock = std::chrono::steady_clock::now();
+          weight.populate();
+          times.read += since(clock);
+          clock = std::chrono::steady_clock::now();
+          Outcome outcome = initialise(o.method, weight, info, seed_of(o, info));
+          times.compute += since(clock);
+          throw_if_interrupted();
+          clock = std::chrono::steady_clock::now();
+          results.adapter.changed_base->weights[weight.name()] =
+              o.packed ? write_packed(out, weight, outcome.quantised)
+                       : write_base(out, weight, outcome.base, info.in_by_out);
+          times.write += since(clock);
+          keep(o, info, weight, std::move(outcome), results);
+        }};
+  };
+  const auto clock = std::chrono::steady_clock::now();
+  io::StagedFiles files =
+      stage_interruptibly(o.common, o.method.method, p.checkpoint, p.base_directory, rewrite, finishing);
+  times.write += std::max(0.0, since(clock) - times.read - times.compute - times.write);  // copies and fsync
+  std::function<std::string(const std::string&, std::string)> change;
+  if (o.packed)
+    change = [&](const std::string& path, const std::string& text) {
+      return with_quantization_config(path, text, o, modules, selected);
+    };
+  if (!stage_model_files(o.checkpoint, p.base_directory, files, change) && o.packed)
+    p.notes.emplace_back("there is no config.json beside the checkpoint to say that the base is in 4 bits");
+  files.add_text((std::filesystem::path(p.base_directory) / io::changed_base_file).string(),
+                 io::changed_base_text(*results.adapter.changed_base));
+  return files;
+}
+
+/// The base stays: factors alone.
+void compute_factors(const Options& o, const Plan& p, Results& results) {
+  std::uint64_t total = 0;
+  for (const std::size_t i : p.chosen.selected) total += p.modules.weights[i].bytes().size();
+  Progress progress(o.common, o.method.method, p.chosen.selected.size(), "matrices", total);
+  for (std::size_t k = 0; k < p.chosen.selected.size(); ++k) {
+    throw_if_interrupted();
+    const ModuleInfo& info = p.modules.infos[p.chosen.selected[k]];
+    const TensorView& weight = p.modules.weights[p.chosen.selected[k]];
+    const auto clock = std::chrono::steady_clock::now();
+    if (!p.eva.ranks.empty()) expect_finite_weight(weight);
+    keep(o, info, weight,
+         !p.eva.ranks.empty() ? initialise_eva(o.method, p.eva, k, info.in_by_out ? info.cols : info.rows)
+                              : initialise(o.method, weight, info, seed_of(o, info)),
+         results);
+    results.times.compute += since(clock);
+    weight.drop();
+    progress.advance(weight.bytes().size(), info.name);
+  }
+  throw_if_interrupted();
+}
+
+Results compute(const Options& o, Plan& p) {
+  remove_leftovers(o.common, {o.output, p.base_directory});
+  const NewDirectories made(p.changed ? p.base_directory : o.output);
   const auto started = std::chrono::steady_clock::now();
+  Results results;
+  results.adapter = empty_adapter(o, p);
   std::unique_ptr<Finishing> finishing;  // of base and adapter together: one without the other is of no use
   io::StagedFiles files;
-  if (changed) {
-    const auto rewrite = [&](const TensorView& t) -> std::optional<io::TensorRewrite> {
-      const auto suffix = std::string_view(".weight").size();
-      const auto at = t.name().ends_with(".weight")
-                          ? modules.find(std::string_view(t.name()).substr(0, t.name().size() - suffix))
-                          : std::nullopt;
-      if (!at || !selected[*at]) return std::nullopt;
-      const std::size_t i = *at;
-      const bool transposed = o.fan_in_fan_out;
-      return io::TensorRewrite{
-          o.packed ? packed_specs(o, t, transposed) : std::vector<io::TensorSpec>{{t.name(), t.dtype(), t.shape()}},
-          [&, i, transposed](io::SafeTensorsWriter& out) {
-            const TensorView& weight = modules.weights[i];
-            auto clock = std::chrono::steady_clock::now();
-            weight.populate();
-            times.read += since(clock);
-            clock = std::chrono::steady_clock::now();
-            Outcome outcome = initialise(o.method, weight, modules.infos[i], transposed, seed_of(i));
-            times.compute += since(clock);
-            throw_if_interrupted();
-            clock = std::chrono::steady_clock::now();
-            adapter.changed_base->weights[weight.name()] = o.packed ? write_packed(out, weight, outcome.quantised)
-                                                                    : write_base(out, weight, outcome.base, transposed);
-            times.write += since(clock);
-            keep(modules.infos[i], weight, std::move(outcome));
-          }};
-    };
-    auto clock = std::chrono::steady_clock::now();
-    files = stage_interruptibly(o.common, o.method.method, checkpoint, base_directory, rewrite, finishing);
-    times.write += std::max(0.0, since(clock) - times.read - times.compute - times.write);  // copies and fsync
-    std::function<std::string(const std::string&, std::string)> change;
-    if (o.packed)
-      change = [&](const std::string& path, const std::string& text) {
-        return with_quantization_config(path, text, o, modules, selected);
-      };
-    if (!stage_model_files(o.checkpoint, base_directory, files, change) && o.packed)
-      notes.emplace_back("there is no config.json beside the checkpoint to say that the base is in 4 bits");
-    files.add_text((fs::path(base_directory) / io::changed_base_file).string(),
-                   io::changed_base_text(*adapter.changed_base));
+  if (p.changed) {
+    files = compute_with_base(o, p, results, finishing);
   } else {
-    Progress progress(o.common, o.method.method, total_bytes);
-    for (std::size_t k = 0; k < chosen.selected.size(); ++k) {
-      throw_if_interrupted();
-      const std::size_t i = chosen.selected[k];
-      const TensorView& weight = modules.weights[i];
-      const auto clock = std::chrono::steady_clock::now();
-      keep(modules.infos[i], weight,
-           eva ? initialise_eva(o.method, plan, k, o.fan_in_fan_out ? modules.infos[i].cols : modules.infos[i].rows)
-               : initialise(o.method, weight, modules.infos[i], o.fan_in_fan_out, seed_of(i)));
-      times.compute += since(clock);
-      weight.drop();
-      progress.advance(weight.bytes().size(), modules.infos[i].name);
-    }
-    throw_if_interrupted();
+    compute_factors(o, p, results);
     finishing = std::make_unique<Finishing>();
   }
+  io::PeftAdapter& adapter = results.adapter;
   std::sort(adapter.modules.begin(), adapter.modules.end(),
             [](const auto& a, const auto& b) { return a.name < b.name; });
-  if (eva) describe_modules(adapter);  // ranks and alphas that differ become patterns
+  if (!p.eva.ranks.empty()) io::describe_modules(adapter);  // ranks and alphas that differ become patterns
   const auto clock = std::chrono::steady_clock::now();
   files.append(io::stage_peft(o.output, adapter));
   files.commit();
   finishing.reset();
-  times.write += since(clock);
-  const double seconds = since(started);
-  report["parameters"] = parameters = adapter.parameters();
-  report["seconds"] = {{"total", seconds}, {"read", times.read}, {"compute", times.compute}, {"write", times.write}};
-  report["converged"] = converged;
-  report["modules"] = std::move(module_reports);
-  std::string text = chosen.summary() + "\n" + std::to_string(parameters) + " parameters, rank " +
+  results.times.write += since(clock);
+  results.seconds = since(started);
+  return results;
+}
+
+// ---- what is said ---------------------------------------------------------------------------------------------------
+
+Json json_of(const ModuleReport& m) {
+  const InitReport& r = m.init;
+  Json j = {{"name", m.name},
+            {"residual_norm", r.residual_norm},
+            {"storage_error", r.storage_error},
+            {"passes", r.passes},
+            {"converged", r.converged},
+            {"seconds", r.seconds},
+            {"notes", r.notes},
+            {"rank", m.rank}};
+  if (r.total_energy > 0) j["captured_energy"] = r.captured_energy / r.total_energy;
+  if (m.plain_error > 0) {
+    j["plain_quantisation_error"] = m.plain_error;
+    j["error"] = m.error;
+  }
+  return j;
+}
+
+Json json_of(const Options& o, const Plan& p, Index parameters) {
+  return {{"command", "init"},
+          {"method", o.method.method},
+          {"rank", o.method.rank},
+          {"alpha", o.method.alpha},
+          {"rslora", o.method.rslora},
+          {"applied", p.chosen.selected.size()},
+          {"adaptable", p.chosen.adaptable},
+          {"parameters", parameters},
+          {"output", o.output},
+          {"base_changed", p.changed},
+          {"dry_run", o.dry_run}};
+}
+
+std::string outputs_of(const Options& o, const Plan& p) {
+  return o.output + (p.changed ? " and " + p.base_directory : "") + "\n";
+}
+
+void report_plan(const Options& o, const Plan& p) {
+  Json report = json_of(o, p, p.parameters), names = Json::array();
+  std::string text = p.chosen.summary() + "\n";
+  for (const std::size_t i : p.chosen.selected) {
+    const ModuleInfo& m = p.modules.infos[i];
+    names.push_back(m.name);
+    text += "  " + m.name + "  " + common::shape_text(m.rows, m.cols) + "\n";
+  }
+  report["modules"] = std::move(names);
+  for (const std::string& line : p.notes) note(o.common, line);
+  print(o.common, report, text + std::to_string(p.parameters) + " parameters; would write " + outputs_of(o, p));
+}
+
+void report_results(const Options& o, const Plan& p, const Results& r) {
+  const Index parameters = r.adapter.parameters();
+  Json report = json_of(o, p, parameters);
+  report["seconds"] = {
+      {"total", r.seconds}, {"read", r.times.read}, {"compute", r.times.compute}, {"write", r.times.write}};
+  report["converged"] = r.converged();
+  report["modules"] = Json::array();
+  for (const ModuleReport& m : r.modules) report["modules"].push_back(json_of(m));
+  std::string text = p.chosen.summary() + "\n" + std::to_string(parameters) + " parameters, rank " +
                      std::to_string(o.method.rank) + ", scale " +
                      number(o.method.rslora ? rslora_scale(o.method.alpha, o.method.rank)
                                             : lora_scale(o.method.alpha, o.method.rank)) +
                      "\n";
   if (quantises(o.method.method)) {
-    report["error_ratio"] = plain2 > 0 ? std::sqrt(error2 / plain2) : 0;
-    text += "error relative to plain quantisation: " + number(plain2 > 0 ? std::sqrt(error2 / plain2) : 0) + "\n";
-  } else if (changed) {
-    text += "least captured energy of a module: " + number(captured_least) + "\n";
+    report["error_ratio"] = r.error_ratio();
+    text += "error relative to plain quantisation: " + number(r.error_ratio()) + "\n";
+  } else if (p.changed) {
+    text += "least captured energy of a module: " + number(r.captured_least()) + "\n";
   }
-  text += time_text(seconds) + ": reading " + time_text(times.read) + ", computing " + time_text(times.compute) +
-          ", writing " + time_text(times.write) + "\n" + "wrote " + o.output +
-          (changed ? " and " + base_directory : "") + "\n";
-  for (const std::string& line : notes) note(o.common, line);
-  if (!converged) note(o.common, "some decompositions stopped before their tolerance; see --json");
+  text += time_text(r.seconds) + ": reading " + time_text(r.times.read) + ", computing " + time_text(r.times.compute) +
+          ", writing " + time_text(r.times.write) + "\n" + "wrote " + outputs_of(o, p);
+  for (const std::string& line : p.notes) note(o.common, line);
+  if (!r.converged()) note(o.common, "some decompositions stopped before their tolerance; see --json");
   print(o.common, report, text);
+}
+
+void run(Options& o) {
+  Plan plan = make_plan(o);
+  if (o.dry_run) return report_plan(o, plan);
+  const Results results = compute(o, plan);
+  report_results(o, plan, results);
 }
 
 void add_init(CLI::App& app) {
@@ -421,9 +551,13 @@ void add_init(CLI::App& app) {
   sub->add_option("--dtype", o->method.dtype, "Type of the stored factors")
       ->capture_default_str()
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));
-  sub->add_flag("--fan-in-fan-out", o->fan_in_fan_out, "Weights are stored in x out (GPT-2's Conv1D)");
+  sub->add_flag("--fan-in-fan-out", o->fan_in_fan_out,
+                "Weights are stored in x out, where config.json does not tell (GPT-2's Conv1D)");
   sub->add_flag("--dry-run", o->dry_run, "Say what would be done, write nothing");
-  sub->callback([o] { run(*o); });
+  sub->callback([o, sub] {
+    expect_used(*sub, o->method.method);
+    run(*o);
+  });
 }
 
 const Registration registration{20, "init", add_init};

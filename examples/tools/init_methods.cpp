@@ -61,9 +61,7 @@ template <class S>
 Matrix<S> narrowed(const Matrix<float>& m) {
   Matrix<S> out;
   out.resize(m.rows(), m.cols());
-  lowrank::parallel_ranges(m.size(), 1 << 16, [&](Index begin, Index end) {
-    for (Index i = begin; i < end; ++i) out.data()[i] = S(m.data()[i]);
-  });
+  io::convert_to(io::dtype_of<S>(), m.data(), m.size(), reinterpret_cast<std::byte*>(out.data()));
   return out;
 }
 
@@ -161,12 +159,11 @@ Outcome changed(const MethodOptions& o, const io::TensorView& weight, bool trans
   return out;
 }
 
-
 /// CorDA and LoRA-GA.
 Outcome from_data(const MethodOptions& o, const io::TensorView& weight, const ModuleInfo& info, bool transposed,
                   std::uint64_t seed) {
   const Matrix<float> W = as_float(weight, transposed);
-  lowrank::require_finite("lowrank init", "W", W.view());  // what is wrong after this is wrong with the data
+  expect_finite_weight(weight);  // what is wrong after this is wrong with the data
   const auto take = [&](auto&& result) {
     Outcome out;
     out.factors = std::move(result.factors);
@@ -208,17 +205,18 @@ bool changes_base(const std::string& method) {
   return quantises(method) || needs_gradients(method) || method == "corda" || method == "pissa" || method == "milora" ||
          method == "olora";
 }
+bool reads_weights(const std::string& method) { return changes_base(method) || method == "mica"; }
 bool needs_activations(const std::string& method) { return method == "corda" || method == "eva"; }
 bool needs_gradients(const std::string& method) { return method == "lora_ga"; }
 
 EvaPlan plan_eva(const MethodOptions& o, const Modules& modules, const std::vector<std::size_t>& selected,
-                 bool transposed, std::uint64_t seed) {
+                 std::uint64_t seed) {
   EvaPlan plan;
   std::vector<std::vector<double>> explained;
   for (const std::size_t i : selected) {
     throw_if_interrupted();
     const ModuleInfo& info = modules.infos[i];
-    const Index in = transposed ? info.rows : info.cols;
+    const Index in = info.in_by_out ? info.rows : info.cols;
     const ActivationEntry entry = find_activations(*o.data, info.name, in);
     ActivationSvdOptions a;
     a.components = std::min({in, info.rows, info.cols, Index(std::ceil(o.rho * double(o.rank)))});
@@ -232,8 +230,7 @@ EvaPlan plan_eva(const MethodOptions& o, const Modules& modules, const std::vect
       return inputs;
     }));
     if (o.rho == 1 && plan.inputs.back().directions().cols() < o.rank)
-      o.data->fail(entry.name,
-                   "has " + std::to_string(X.rows()) + " tokens, too few for rank " + std::to_string(o.rank));
+      o.data->fail(entry.name, common::text("has ", X.rows(), " tokens, too few for rank ", o.rank));
     explained.push_back(plan.inputs.back().explained());
   }
   plan.ranks = eva_ranks(explained, o.rank * Index(selected.size()));
@@ -254,8 +251,8 @@ Outcome initialise_eva(const MethodOptions& o, const EvaPlan& plan, std::size_t 
 
 namespace {
 
-Outcome initialised(const MethodOptions& o, const io::TensorView& weight, const ModuleInfo& info, bool transposed,
-                    std::uint64_t seed) {
+Outcome initialised(const MethodOptions& o, const io::TensorView& weight, const ModuleInfo& info, std::uint64_t seed) {
+  const bool transposed = info.in_by_out;
   if (o.data) return from_data(o, weight, info, transposed, seed);
   if (changes_base(o.method)) return changed(o, weight, transposed, seed);
   const auto take = [](auto&& result) {
@@ -282,12 +279,15 @@ Outcome initialised(const MethodOptions& o, const io::TensorView& weight, const 
 
 }  // namespace
 
-Outcome initialise(const MethodOptions& o, const io::TensorView& weight, const ModuleInfo& info, bool transposed,
-                   std::uint64_t seed) {
+Outcome initialise(const MethodOptions& o, const io::TensorView& weight, const ModuleInfo& info, std::uint64_t seed) {
   try {
-    return initialised(o, weight, info, transposed, seed);
+    if (!reads_weights(o.method)) expect_finite_weight(weight);  // an adapter of a broken base is of no use either
+    return initialised(o, weight, info, seed);
   } catch (const IoError&) {
     throw;  // says already what it is about
+  } catch (const NonFiniteError& e) {
+    expect_finite_weight(weight);  // names the element, if it is one of the weight's
+    weight.fail(e.what());
   } catch (const Error& e) {
     weight.fail(e.what());
   }

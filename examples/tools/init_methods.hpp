@@ -37,6 +37,8 @@ bool needs_gradients(const std::string& method);
 /// Whether the method replaces W by another base, and whether that base is quantised.
 bool changes_base(const std::string& method);
 bool quantises(const std::string& method);
+/// Whether the method looks at the values of a weight, and not only at its shape.
+bool reads_weights(const std::string& method);
 
 /// The new base in the weight's own storage.
 using BaseStorage = std::variant<std::monostate, Matrix<float>, Matrix<double>, Matrix<bf16>, Matrix<f16>>;
@@ -56,13 +58,13 @@ struct EvaPlan {
   std::vector<Index> ranks;                  ///< 0: the module gets no adapter
 };
 EvaPlan plan_eva(const MethodOptions& o, const Modules& modules, const std::vector<std::size_t>& selected,
-                 bool transposed, std::uint64_t seed);
+                 std::uint64_t seed);
 /// EVA's factors of the selected module k, with `out` outputs, at the scale of the nominal rank.
 Outcome initialise_eva(const MethodOptions& o, const EvaPlan& plan, std::size_t k, Index out);
 
-/// Runs the method (any but eva) on a module's weight. `transposed`: the file stores in×out.
-Outcome initialise(const MethodOptions& o, const io::TensorView& weight, const ModuleInfo& info, bool transposed,
-                   std::uint64_t seed);
+/// Runs the method (any but eva) on a module's weight.
+/// **Throws** IoError naming the weight, and the element where that is not finite.
+Outcome initialise(const MethodOptions& o, const io::TensorView& weight, const ModuleInfo& info, std::uint64_t seed);
 
 /// DoRA's magnitudes at the start, where base + s·B·A = W: the row norms of W.
 std::vector<float> row_norms(const io::TensorView& weight, bool transposed);

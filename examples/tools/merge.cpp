@@ -90,16 +90,16 @@ Matrix<S> folded(const io::TensorView& t) {
   Matrix<S> m;
   const Index rows = t.shape().empty() ? 1 : Index(t.shape()[0]);
   m.resize(rows, rows == 0 ? 0 : t.size() / rows);
-  if (m.size() > 0) std::memcpy(m.data(), t.bytes().data(), t.bytes().size());
+  t.copy_bytes(reinterpret_cast<std::byte*>(m.data()));
   return m;
 }
 
 /// ΔW as it lies on the stored weight.
 template <class T>
-LoraFactors<T> stored_factors(const io::AdapterModule& m, bool fan_in_fan_out) {
+LoraFactors<T> stored_factors(const io::AdapterModule& m, bool in_by_out) {
   LoraFactors<T> f;
   f.scale = T(m.factors.scale);
-  if (lies_transposed(m.kind, fan_in_fan_out)) {
+  if (lies_transposed(m.kind, in_by_out)) {
     f.A = Matrix<T>(m.factors.B.view().transposed());
     f.B = Matrix<T>(m.factors.A.view().transposed());
   } else {
@@ -112,14 +112,14 @@ LoraFactors<T> stored_factors(const io::AdapterModule& m, bool fan_in_fan_out) {
 /// Merges one module into a copy of its weight; returns the bytes to write.
 template <class S>
 std::vector<std::byte> merged_bytes(const Options& o, const io::TensorView& t, const io::AdapterModule& m,
-                                    bool fan_in_fan_out, MergeReport& report) {
+                                    bool in_by_out, MergeReport& report) {
   using T = arithmetic_of<S>;
   Matrix<S> W = folded<S>(t);
   try {
     if (m.magnitude.empty())
-      report = checked_merge<T>(W, stored_factors<T>(m, fan_in_fan_out), o.limits());
+      report = checked_merge<T>(W, stored_factors<T>(m, in_by_out), o.limits());
     else
-      report = checked_merge<T>(lies_transposed(m.kind, fan_in_fan_out) ? W.view().transposed() : W.view(),
+      report = checked_merge<T>(lies_transposed(m.kind, in_by_out) ? W.view().transposed() : W.view(),
                                 DoraFactors<T>{{Matrix<T>(m.factors.A), Matrix<T>(m.factors.B), T(m.factors.scale)},
                                                std::vector<T>(m.magnitude.begin(), m.magnitude.end())},
                                 o.limits());
@@ -134,10 +134,9 @@ std::vector<std::byte> merged_bytes(const Options& o, const io::TensorView& t, c
 
 constexpr const char* cannot_merge = ", which cannot be merged into";
 
-std::vector<std::byte> merged(const Options& o, const io::TensorView& t, const io::AdapterModule& m,
-                              bool fan_in_fan_out, MergeReport& report) {
-  return with_stored_type(t, cannot_merge,
-                          [&]<class S>(S) { return merged_bytes<S>(o, t, m, fan_in_fan_out, report); });
+std::vector<std::byte> merged(const Options& o, const io::TensorView& t, const io::AdapterModule& m, bool in_by_out,
+                              MergeReport& report) {
+  return with_stored_type(t, cannot_merge, [&]<class S>(S) { return merged_bytes<S>(o, t, m, in_by_out, report); });
 }
 
 /// The bias of a layer with s times that of lora_B added, in the type it is stored as.
@@ -145,7 +144,7 @@ std::vector<std::byte> merged_bias(const io::TensorView& t, const io::AdapterMod
   return with_stored_type(t, cannot_merge, [&]<class S>(S) {
     using T = arithmetic_of<S>;
     std::vector<S> bias(static_cast<std::size_t>(t.size()));
-    if (!bias.empty()) std::memcpy(bias.data(), t.bytes().data(), t.bytes().size());
+    t.copy_bytes(reinterpret_cast<std::byte*>(bias.data()));
     for (std::size_t i = 0; i < bias.size(); ++i) {
       bias[i] = S(T(bias[i]) + T(m.factors.scale) * T(m.bias[i]));
       if (!std::isfinite(double(bias[i]))) t.fail("is not finite after the merge");
@@ -177,6 +176,10 @@ struct Plan {
         modules(base, true),
         where(match_adapter(o.adapter, adapter, modules, summary)) {}
   [[nodiscard]] const io::TensorView& weight(std::size_t k) const { return modules.weights[where[k]]; }
+  /// PEFT goes by what a layer is, whatever fan_in_fan_out says; so does the family.
+  [[nodiscard]] bool in_by_out(std::size_t k) const {
+    return modules.in_by_out(where[k], adapter.config.fan_in_fan_out);
+  }
   [[nodiscard]] Index size(std::size_t k) const {
     const ModuleInfo& info = modules.infos[where[k]];
     return info.rows > 0 ? info.rows * info.cols : weight(k).size();
@@ -187,10 +190,14 @@ void expect_convolution(const Options& o, const io::AdapterModule& m, const io::
   const auto& s = weight.shape();
   Index inner = 1;
   for (std::size_t d = 1; d < s.size(); ++d) inner *= Index(s[d]);
-  if (s.size() != 4 || Index(s[0]) != m.factors.out_features() || inner != m.factors.in_features() ||
-      m.factors.B.cols() != m.factors.rank())
+  if (m.factors.B.cols() != m.factors.rank())
     throw IoError(o.adapter, m.name,
-                  "is a convolution of another shape, or a grouped one, which merge does not support");
+                  "is a grouped convolution (lora_A " + io::shape_text(m.a_shape) + ", lora_B " +
+                      io::shape_text(m.b_shape) + "), which merge does not support");
+  if (s.size() != 4 || Index(s[0]) != m.factors.out_features() || inner != m.factors.in_features())
+    throw IoError(o.adapter, m.name,
+                  "is a convolution of another shape: the weight is " + io::shape_text(s) + ", lora_A " +
+                      io::shape_text(m.a_shape) + ", lora_B " + io::shape_text(m.b_shape));
 }
 
 void plan_module(const Options& o, Plan& p, std::size_t k) {
@@ -230,6 +237,15 @@ void make_plan(const Options& o, Plan& p) {
   if (p.adapter.find("model.embed_tokens") != nullptr && !p.base.find("lm_head.weight"))
     p.notes.emplace_back(
         "the output head is tied to the embedding: merging changes both, unmerged only the embedding was adapted");
+  const bool said = p.adapter.config.fan_in_fan_out;
+  for (std::size_t k = 0; k < p.where.size(); ++k)
+    if (p.adapter.modules[k].kind == ModuleKind::linear && p.in_by_out(k) != said &&
+        p.modules.need_fan_in_fan_out(p.where) != said) {
+      p.notes.push_back(std::string("the adapter says fan_in_fan_out ") + (said ? "true" : "false") +
+                        ", but the base, a " + p.modules.config->model_type + ", has its weights " +
+                        (said ? "out x in" : "in x out") + "; that counts");
+      break;
+    }
 }
 
 // ---- compute
@@ -276,7 +292,8 @@ PackedMerge packed_merge(const Options& o, Plan& p, Results& results) {
   return {p.base, o.limits(),
           [&p](const std::string& weight) {
             p.check.expect(p.base[weight]);
-            return stored_factors<float>(p.adapter.modules[p.of_tensor.at(weight)], p.adapter.config.fan_in_fan_out);
+            const std::size_t k = p.of_tensor.at(weight);
+            return stored_factors<float>(p.adapter.modules[k], p.in_by_out(k));
           },
           [&p, &results](const std::string& weight, const MergeReport& r) {
             const std::size_t k = p.of_tensor.at(weight);
@@ -309,7 +326,7 @@ std::optional<io::TensorRewrite> rewrite(const Options& o, Plan& p, PackedMerge&
                              MergeReport r;
                              p.check.expect(t);
                              const io::AdapterModule& m = p.adapter.modules[k];
-                             out.write(t.name(), merged(o, t, m, p.adapter.config.fan_in_fan_out, r));
+                             out.write(t.name(), merged(o, t, m, p.in_by_out(k), r));
                              results.modules.push_back({m.name, t.size(), r});
                            }};
 }
@@ -330,7 +347,7 @@ Results simulate(const Options& o, Plan& p) {
       r = packed.report(weight.name());
     } else {
       p.check.expect(weight);
-      (void)merged(o, weight, m, p.adapter.config.fan_in_fan_out, r);
+      (void)merged(o, weight, m, p.in_by_out(k), r);
     }
     weight.drop();
     results.modules.push_back({m.name, p.size(k), r});

@@ -5,7 +5,7 @@
 namespace lowrank::tool {
 namespace {
 
-constexpr std::string_view state_suffix = io::detail::bnb_state;
+constexpr std::string_view state_suffix = io::bitsandbytes_state_suffix;
 
 bool is_state(const std::string& part) { return part.find(state_suffix) != std::string::npos; }
 

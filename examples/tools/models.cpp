@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <filesystem>
 #include <set>
 
@@ -17,6 +18,8 @@ Modules::Modules(const io::Checkpoint& checkpoint, bool packed) {
   static constexpr std::array<std::string_view, 8> embeddings{
       "embed_tokens",         "wte", "wpe", "word_embeddings", "embed_in", "tok_embeddings", "position_embeddings",
       "token_type_embeddings"};
+  config = io::find_model_config(model_directory(checkpoint.path()));
+  if (config) family = config->family();
   checkpoint.for_each([&](const io::TensorView& t) {
     constexpr std::string_view suffix = ".weight";
     if (!t.name().ends_with(suffix) || t.name().size() == suffix.size()) return;
@@ -25,8 +28,8 @@ Modules::Modules(const io::Checkpoint& checkpoint, bool packed) {
     const auto& shape = t.shape();
     info.kind = ModuleKind::other;
     if (io::is_convertible_float(t.dtype()) && shape.size() == 2)
-      info.kind = lowrank::detail::is_one_of(lowrank::last_component(info.name), embeddings) ? ModuleKind::embedding
-                                                                                             : ModuleKind::linear;
+      info.kind =
+          common::is_one_of(common::last_component(info.name), embeddings) ? ModuleKind::embedding : ModuleKind::linear;
     else if (io::is_convertible_float(t.dtype()) && shape.size() == 4)
       info.kind = ModuleKind::conv;
     if (packed && t.dtype() == io::Dtype::U8 && !io::bitsandbytes_type(checkpoint, t.name()).empty()) {
@@ -38,6 +41,7 @@ Modules::Modules(const io::Checkpoint& checkpoint, bool packed) {
       info.rows = t.rows();
       info.cols = t.cols();
     }
+    if (family != nullptr) apply_family(*family, info);
     infos.push_back(std::move(info));
     weights.push_back(t);
   });
@@ -47,6 +51,88 @@ std::optional<std::size_t> Modules::find(std::string_view name) const {
   for (std::size_t i = 0; i < infos.size(); ++i)
     if (infos[i].name == name) return i;
   return std::nullopt;
+}
+
+void Modules::settle_orientation(bool fan_in_fan_out) {
+  if (family == nullptr) {
+    for (ModuleInfo& m : infos) m.in_by_out = fan_in_fan_out && m.kind == ModuleKind::linear;
+    return;
+  }
+  if (fan_in_fan_out && family->in_by_out == FamilyNames{})
+    throw IoError(
+        config->path, "model_type",
+        "is \"" + config->model_type + "\", whose weights are stored out x in: --fan-in-fan-out contradicts it");
+}
+
+bool Modules::in_by_out(std::size_t i, bool fan_in_fan_out) const {
+  return family != nullptr ? infos[i].in_by_out : fan_in_fan_out && infos[i].kind == ModuleKind::linear;
+}
+
+bool Modules::need_fan_in_fan_out(const std::vector<std::size_t>& selected) const {
+  return std::any_of(selected.begin(), selected.end(), [&](std::size_t i) { return infos[i].in_by_out; });
+}
+
+std::string Modules::task_type() const {
+  return family == nullptr ? "CAUSAL_LM" : std::string(peft_task_type(*family, config->architecture));
+}
+
+std::string Modules::family_note(const std::vector<std::size_t>& selected) const {
+  if (family != nullptr) {
+    const std::string prefix = std::string(family->body) + ".", &model = config->architecture;
+    if (family->body.empty() || model.empty() || peft_task_type(*family, model) == "FEATURE_EXTRACTION") return {};
+    for (const std::size_t i : selected)
+      if (infos[i].role == ModuleRole::body && infos[i].name.starts_with(prefix)) return {};
+    for (const std::size_t i : selected)
+      if (infos[i].role == ModuleRole::body)
+        return "the checkpoint's names lack the \"" + prefix + "\" that " + model + " has (" + infos[i].name +
+               "): PEFT will not find the adapter's modules there unless the model is saved again by transformers";
+    return {};
+  }
+  constexpr const char* taken =
+      "; weights are taken to be out x in unless --fan-in-fan-out is given, and embeddings and "
+      "heads to be what their names say";
+  if (!config) return std::string("there is no config.json beside the checkpoint to tell its family") + taken;
+  return config->path + ": " +
+         (config->model_type.empty() ? "no model_type" : "the model_type \"" + config->model_type + "\" is not known") +
+         taken;
+}
+
+const ModelFamily* family_of(const io::Checkpoint& checkpoint) {
+  const auto config = io::find_model_config(model_directory(checkpoint.path()));
+  return config ? config->family() : nullptr;
+}
+
+bool stored_in_by_out(const ModelFamily* family, const std::string& module, bool fan_in_fan_out) {
+  if (family == nullptr) return fan_in_fan_out;
+  ModuleInfo m{.name = module};
+  apply_family(*family, m);
+  return m.in_by_out;
+}
+
+void expect_finite_weight(const io::TensorView& t) {
+  const auto look = [&](const auto& W) {
+    for (Index i = 0; i < W.rows(); ++i)
+      for (Index j = 0; j < W.cols(); ++j)
+        if (!std::isfinite(W(i, j)))
+          t.fail(common::text("must be finite, got ", double(W(i, j)), " at element [", i, ", ", j, "]"));
+  };
+  t.dtype() == io::Dtype::F64 ? look(t.folded<double>()) : look(t.folded<float>());
+}
+
+bool same_bytes(const io::TensorView& a, const io::TensorView& b) {
+  if (a.dtype() != b.dtype() || a.shape() != b.shape()) return false;
+  std::vector<std::byte> piece;
+  std::size_t at = 0;
+  bool same = true;
+  a.read([&](io::Bytes x) {
+    if (same) {
+      piece.resize(x.size());
+      b.file().read(b.bytes().subspan(at, x.size()), piece.data());
+      same = std::memcmp(x.data(), piece.data(), x.size()) == 0;
+    }
+    at += x.size();
+  });
+  return same;
 }
 
 void TargetArguments::add_to(CLI::App* sub) {
@@ -65,12 +151,12 @@ TargetSelection TargetArguments::select(const Modules& modules) const {
 std::vector<std::string> target_list(const Modules& modules, const std::vector<std::size_t>& selected) {
   std::set<std::string> suffixes, names;
   for (const std::size_t i : selected) {
-    suffixes.emplace(lowrank::last_component(modules.infos[i].name));
+    suffixes.emplace(common::last_component(modules.infos[i].name));
     names.insert(modules.infos[i].name);
   }
   bool exact = true;
   for (const ModuleInfo& m : modules.infos)
-    if (!names.contains(m.name) && suffixes.contains(std::string(lowrank::last_component(m.name)))) exact = false;
+    if (!names.contains(m.name) && suffixes.contains(std::string(common::last_component(m.name)))) exact = false;
   const auto& chosen = exact ? suffixes : names;
   return {chosen.begin(), chosen.end()};
 }
@@ -107,20 +193,20 @@ std::vector<std::size_t> match_adapter(const std::string& path, const io::PeftAd
     }
     const ModuleInfo& info = modules.infos[*at];
     Index out = m.factors.out_features(), in = m.factors.in_features();
-    if (lies_transposed(m.kind, adapter.config.fan_in_fan_out)) std::swap(out, in);
+    if (lies_transposed(m.kind, modules.in_by_out(*at, adapter.config.fan_in_fan_out))) std::swap(out, in);
     if (m.kind != ModuleKind::conv && (info.rows != out || info.cols != in)) {
-      lost.push_back(m.name + " (weight is " + lowrank::detail::shape_text(info.rows, info.cols) + ", adapter " +
-                     lowrank::detail::shape_text(out, in) + ")");
+      lost.push_back(m.name + " (weight is " + common::shape_text(info.rows, info.cols) + ", adapter " +
+                     common::shape_text(out, in) + ")");
       continue;
     }
     where.push_back(*at);
   }
-  summary = lowrank::detail::text(where.size(), " of ", adapter.modules.size(), " adapter modules match the base");
+  summary = common::text(where.size(), " of ", adapter.modules.size(), " adapter modules match the base");
   if (!lost.empty()) {
     std::string list;
     for (std::size_t i = 0; i < std::min<std::size_t>(lost.size(), 8); ++i) list += (i > 0 ? ", " : "") + lost[i];
-    if (lost.size() > 8) list += lowrank::detail::text(", and ", lost.size() - 8, " more");
-    throw IoError(path, lowrank::detail::text("does not fit the base: ", summary, "; unmatched: ", list));
+    if (lost.size() > 8) list += common::text(", and ", lost.size() - 8, " more");
+    throw IoError(path, common::text("does not fit the base: ", summary, "; unmatched: ", list));
   }
   return where;
 }
@@ -146,8 +232,8 @@ void note_dora(const Common& common, const std::string& path, const io::PeftAdap
   const auto count = std::count_if(adapter.modules.begin(), adapter.modules.end(),
                                    [](const io::AdapterModule& m) { return !m.magnitude.empty(); });
   if (count > 0)
-    note(common, lowrank::detail::text(path, ": ", count,
-                                       " modules are DoRA's; what follows is about s*B*A, before the ", "magnitudes"));
+    note(common, common::text(path, ": ", count, " modules are DoRA's; what follows is about s*B*A, before the ",
+                              "magnitudes"));
 }
 
 io::PeftAdapter read_adapter(const std::string& path) {
@@ -190,7 +276,7 @@ bool belongs_to_model(const fs::path& name) {
                                                             ".gguf",        ".ggml", ".h5",    ".npz", ".npy",
                                                             ".msgpack",     ".onnx", ".tflite"};
   const std::string text = name.string(), extension = name.extension().string();
-  return text[0] != '.' && !lowrank::detail::is_one_of(extension, weights) && !text.ends_with(".index.json") &&
+  return text[0] != '.' && !common::is_one_of(extension, weights) && !text.ends_with(".index.json") &&
          text.find(".partial-") == std::string::npos && text != "adapter_config.json" && text != io::changed_base_file;
 }
 
@@ -200,7 +286,7 @@ bool has_usual_name(const fs::path& name) {
                                                          "added_tokens.json", "special_tokens_map.json",
                                                          "vocab.json",        "merges.txt"};
   const std::string text = name.string();
-  return lowrank::detail::is_one_of(text, names) ||
+  return common::is_one_of(text, names) ||
          (belongs_to_model(name) && (text.starts_with("tokenizer") || text.starts_with("chat_template")));
 }
 

@@ -8,8 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "common/text.hpp"
 #include "interrupt.hpp"
 #include "lowrank/io/checkpoint.hpp"
+#include "lowrank/io/model_config.hpp"
 #include "lowrank/io/peft.hpp"
 #include "lowrank/model/targets.hpp"
 #include "tool.hpp"
@@ -20,12 +22,31 @@ namespace lowrank::tool {
 /// four dimensions convolutions, everything else carries no adapter.
 struct Modules {
   std::vector<ModuleInfo> infos;
-  std::vector<io::TensorView> weights;  ///< weights[i] belongs to infos[i]
+  std::vector<io::TensorView> weights;    ///< weights[i] belongs to infos[i]
+  std::optional<io::ModelConfig> config;  ///< of the config.json beside the weights
+  const ModelFamily* family = nullptr;    ///< what its model_type says, where that is known
 
   /// `packed`: 4-bit weights of bitsandbytes are matrices too, of the shape they have unpacked.
   explicit Modules(const io::Checkpoint& checkpoint, bool packed = false);
   [[nodiscard]] std::optional<std::size_t> find(std::string_view name) const;
+  /// Says for every linear layer whether its weight lies in×out: the family knows, of others the flag counts.
+  /// **Throws** IoError naming config.json when the flag is given and the family has no such layer.
+  void settle_orientation(bool fan_in_fan_out);
+  /// Whether the weight lies in×out: as the family has it; where none is known, as an adapter's configuration says.
+  [[nodiscard]] bool in_by_out(std::size_t i, bool fan_in_fan_out) const;
+  /// Whether PEFT must be told so of an adapter of these modules.
+  [[nodiscard]] bool need_fan_in_fan_out(const std::vector<std::size_t>& selected) const;
+  /// PEFT's task_type of the model, as config.json tells; CAUSAL_LM where nothing does.
+  [[nodiscard]] std::string task_type() const;
+  /// What somebody should know whose model is of no known family, or whose checkpoint has other names than the class
+  /// it was saved from, so that PEFT will not find the modules of an adapter; empty otherwise.
+  [[nodiscard]] std::string family_note(const std::vector<std::size_t>& selected) const;
 };
+
+/// The family that a checkpoint's config.json names, null where there is none or it is not known.
+const ModelFamily* family_of(const io::Checkpoint& checkpoint);
+/// Whether a linear layer's weight lies in×out: as the family has it, else as an adapter's configuration says.
+bool stored_in_by_out(const ModelFamily* family, const std::string& module, bool fan_in_fan_out);
 
 /// --targets, --exclude, --layers.
 struct TargetArguments {
@@ -53,24 +74,26 @@ auto with_stored_type(const io::TensorView& t, const char* otherwise, F&& f) {
     case io::Dtype::F16:
       return f(f16{});
     default:
-      t.fail(lowrank::detail::text("is stored as ", io::dtype_name(t.dtype()), otherwise));
+      t.fail(common::text("is stored as ", io::dtype_name(t.dtype()), otherwise));
   }
 }
 
-/// Calls f with the weight as stored, MatrixView<const S> for S in float, double, bf16, f16: in place where its
-/// alignment allows, copied otherwise. Throws IoError for other types.
+/// Calls f with the weight as stored, MatrixView<const S> for S in float, double, bf16, f16. It is read, not mapped: a
+/// file truncated meanwhile is an error, and no signal. Throws IoError for other types.
 template <class F>
 auto with_weight(const io::TensorView& t, F&& f) {
   return with_stored_type(t, "; F32, F64, BF16 and F16 can be used", [&]<class S>(S) {
-    if (reinterpret_cast<std::uintptr_t>(t.bytes().data()) % alignof(S) == 0)
-      return f(t.size() == 0 ? MatrixView<const S>(nullptr, t.rows(), t.cols(), std::max<Index>(1, t.cols()), 1)
-                             : t.view<S>());
     Matrix<S> copy;
     copy.resize(t.rows(), t.cols());
-    std::memcpy(copy.data(), t.bytes().data(), t.bytes().size());
+    t.copy_bytes(reinterpret_cast<std::byte*>(copy.data()));
     return f(MatrixView<const S>(copy.view()));
   });
 }
+
+/// Throws IoError naming tensor and element when there is a NaN or an infinity among the weights.
+void expect_finite_weight(const io::TensorView& t);
+/// Whether two tensors are the same to the last bit.
+bool same_bytes(const io::TensorView& a, const io::TensorView& b);
 
 /// Factors as the adapter files keep them.
 LoraFactors<float> to_float(LoraFactors<double>&& f);
@@ -112,9 +135,10 @@ std::string model_directory(const std::string& checkpoint);
 
 /// Whether ΔW = s·B·A lies transposed on the stored weight: on embeddings always, on linear layers where they are
 /// stored in x out. PEFT does the same: its embedding layers do not look at fan_in_fan_out.
-inline bool lies_transposed(ModuleKind kind, bool fan_in_fan_out) {
-  return kind == ModuleKind::embedding || (kind == ModuleKind::linear && fan_in_fan_out);
+inline bool lies_transposed(ModuleKind kind, bool in_by_out) {
+  return kind == ModuleKind::embedding || (kind == ModuleKind::linear && in_by_out);
 }
+inline bool lies_transposed(const ModuleInfo& m) { return lies_transposed(m.kind, m.in_by_out); }
 
 /// "a base that was changed with it (pissa, residual)"; `it` may be another adapter.
 std::string changed_base_phrase(const io::ChangedBase& base, const std::string& it = "it");

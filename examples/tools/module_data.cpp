@@ -51,9 +51,8 @@ ActivationEntry find_activations(const ModuleData& data, const std::string& modu
   const std::string& name = inputs ? module : covariance;
   const auto [rows, cols] = data.shape(name);
   if (cols != in || (squares && rows != in))
-    data.fail(name, lowrank::detail::text(
-                        "is ", lowrank::detail::shape_text(rows, cols), ", expected ",
-                        squares ? lowrank::detail::shape_text(in, in) : lowrank::detail::text("tokens x ", in)));
+    data.fail(name, common::text("is ", common::shape_text(rows, cols), ", expected ",
+                                 squares ? common::shape_text(in, in) : common::text("tokens x ", in)));
   if (rows == 0) data.fail(name, "holds no tokens");
   return {name, squares};
 }
@@ -67,8 +66,8 @@ std::string find_gradient(const ModuleData& data, const ModuleInfo& module) {
   const std::string& name = plain ? module.name : weight;
   const auto [rows, cols] = data.shape(name);
   if (rows != module.rows || cols != module.cols)
-    data.fail(name, lowrank::detail::text("is ", lowrank::detail::shape_text(rows, cols), ", the weight is ",
-                                          lowrank::detail::shape_text(module.rows, module.cols)));
+    data.fail(name, common::text("is ", common::shape_text(rows, cols), ", the weight is ",
+                                 common::shape_text(module.rows, module.cols)));
   return name;
 }
 

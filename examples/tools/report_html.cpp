@@ -324,7 +324,7 @@ struct Options {
 
 /// A report as it may be drawn. Throws IoError naming the file and what is wrong with it.
 Json read_report(const std::string& path) {
-  Json j = io::detail::parse_json(path, io::read_text(path));
+  Json j = io::parse_json(path, io::read_text(path));
   const auto known = [&] {
     if (!j.is_object() || !j.contains("matrices") || !j.at("matrices").is_array()) return false;
     const std::string command = j.contains("command") && j.at("command").is_string() ? j.at("command") : "";

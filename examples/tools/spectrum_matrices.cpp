@@ -14,7 +14,7 @@ bool is_packed_part(const io::Checkpoint& checkpoint, const std::string& name) {
   for (const char* part : {".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"})
     if (name.ends_with(part))
       return !io::bitsandbytes_type(checkpoint, name.substr(0, name.size() - std::strlen(part))).empty();
-  return name.find(io::detail::bnb_state) != std::string::npos;
+  return name.find(io::bitsandbytes_state_suffix) != std::string::npos;
 }
 
 /// Three dimensions alone do not make a stack of matrices: a one-dimensional convolution has them too. Mixtures of
@@ -125,10 +125,12 @@ std::vector<MatrixPair> pairs_of(const std::vector<MatrixTensor>& first, const s
 std::vector<ModulePair> pairs_of(const io::PeftAdapter& adapter, const std::vector<MatrixTensor>& weights,
                                  const std::string& filter, std::vector<Skipped>& skipped) {
   std::vector<ModulePair> pairs;
+  const ModelFamily* family = weights.empty() ? nullptr : family_of(*weights.front().checkpoint);
   for (const auto& module : adapter.modules) {
     if (!selected(module.name, filter)) continue;
     const MatrixTensor* w = find_matrix(weights, module.name + ".weight");
-    const bool transposed = lies_transposed(module.kind, adapter.config.fan_in_fan_out);
+    const bool transposed =
+        lies_transposed(module.kind, stored_in_by_out(family, module.name, adapter.config.fan_in_fan_out));
     Index m = module.factors.out_features(), n = module.factors.in_features();
     if (transposed) std::swap(m, n);
     if (w == nullptr)

@@ -146,9 +146,7 @@ Matrix<T> values_of(const MatrixTensor& m) {
     out = io::read_float8<T>(*m.checkpoint, m.tensor, m.slice);
   } else {
     out.resize(m.rows, m.cols);
-    const std::size_t bytes = std::size_t(m.bytes());
-    io::convert_from(m.tensor.dtype(), m.tensor.bytes().data() + std::size_t(m.slice) * bytes, m.rows * m.cols,
-                     out.data());
+    m.tensor.copy_to(out.data(), m.slice * m.rows * m.cols, m.rows * m.cols);
   }
   expect_finite(m, out);
   return out;

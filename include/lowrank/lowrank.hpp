@@ -99,5 +99,6 @@
 #include "lowrank/optim/groups.hpp"
 #include "lowrank/optim/precondition.hpp"
 #include "lowrank/optim/schedule.hpp"
+#include "lowrank/model/families.hpp"
 #include "lowrank/model/rank_pattern.hpp"
 #include "lowrank/model/targets.hpp"

@@ -34,7 +34,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   LOWRANK_PROMISE(w2.bytes() == again);
 
   (void)fuzz::accepted([&] {
-    const PeftAdapter a = parse_gguf_adapter("f", file, {.heads = 2, .kv_heads = 1});
+    const PeftAdapter a = parse_gguf_adapter("f", file, {.architecture = "", .heads = 2, .kv_heads = 1});
     LOWRANK_PROMISE(!a.modules.empty());
     for (const AdapterModule& m : a.modules)
       LOWRANK_PROMISE(m.factors.A.rows() == m.factors.B.cols() && m.factors.rank() > 0 &&

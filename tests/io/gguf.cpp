@@ -142,12 +142,14 @@ TEST_CASE("the q/k permutation maps Hugging Face's halves to llama.cpp's pairs")
   // Two heads of four rows: [0 1 | 2 3], rotating (0,2) and (1,3) → pairs (0,2,1,3).
   Matrix<float> B(8, 1);
   for (Index i = 0; i < 8; ++i) B(i, 0) = float(i);
-  const Matrix<float> p = io::detail::permute_rows(B, 2, true);
+  using io::detail::arranged_rows, io::detail::GgufRows;
+  const Matrix<float> p = arranged_rows(B, GgufRows::query_pairs, 2, 1, true);
   const float want[] = {0, 2, 1, 3, 4, 6, 5, 7};
   for (Index i = 0; i < 8; ++i) CHECK(p(i, 0) == want[i]);
   for (const auto& [rows, heads] : {std::pair<Index, Index>{8, 2}, {64, 4}, {6, 1}, {96, 8}}) {
     const Matrix<float> x = random_matrix(rows, 3, 9);
-    CHECK(same_bits(io::detail::permute_rows(io::detail::permute_rows(x, heads, true), heads, false), x));
+    const Matrix<float> there = arranged_rows(x, GgufRows::key_pairs, 7, heads, true);
+    CHECK(same_bits(arranged_rows(there, GgufRows::key_pairs, 7, heads, false), x));
   }
 }
 
@@ -197,6 +199,127 @@ TEST_CASE("adapters keep their meaning: names, permutation, one alpha, folded sc
   }
 }
 
+TEST_CASE("each architecture has its names, and its rows in the order its converter gives them") {
+  struct Case {
+    const char *model_type, *architecture, *hf, *gguf;
+    Index rows;
+    std::vector<Index> order;  // row of the file -> row of lora_B; empty: as it is
+  };
+  // Llama: [heads, 2, size/2] with the middle axes swapped. NeoX, BLOOM: view(heads, 3, size), then q, k, v. Falcon:
+  // view(kv_heads, heads/kv_heads + 2, size): all but the last two, the last but one, the last.
+  const std::vector<Index> pairs4{0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15};
+  std::vector<Index> fused;
+  for (const Index part : {0, 1, 2})
+    for (Index head = 0; head < 4; ++head)
+      for (Index j = 0; j < 2; ++j) fused.push_back((head * 3 + part) * 2 + j);
+  const std::vector<Index> falcon{0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15};
+  const std::vector<Case> cases{
+      {"llama", "llama", "model.layers.7.self_attn.q_proj", "blk.7.attn_q", 16, pairs4},
+      {"mistral", "llama", "model.layers.7.self_attn.q_proj", "blk.7.attn_q", 16, pairs4},
+      {"mixtral", "llama", "model.layers.7.self_attn.k_proj", "blk.7.attn_k", 8, {0, 2, 1, 3, 4, 6, 5, 7}},
+      {"llama", "llama", "model.layers.7.self_attn.v_proj", "blk.7.attn_v", 8, {}},
+      {"qwen2", "qwen2", "model.layers.7.self_attn.q_proj", "blk.7.attn_q", 16, {}},
+      {"qwen3", "qwen3", "model.layers.7.self_attn.k_proj", "blk.7.attn_k", 8, {}},
+      {"qwen3_moe", "qwen3moe", "model.layers.7.mlp.gate", "blk.7.ffn_gate_inp", 8, {}},
+      {"gemma", "gemma", "model.layers.7.self_attn.q_proj", "blk.7.attn_q", 16, {}},
+      {"gemma2", "gemma2", "model.layers.7.mlp.up_proj", "blk.7.ffn_up", 16, {}},
+      {"gemma3_text", "gemma3", "model.layers.7.self_attn.k_proj", "blk.7.attn_k", 8, {}},
+      {"phi", "phi2", "model.layers.7.self_attn.dense", "blk.7.attn_output", 8, {}},
+      {"phi3", "phi3", "model.layers.7.mlp.gate_up_proj", "blk.7.ffn_up", 16, {}},
+      {"gpt2", "gpt2", "transformer.h.7.attn.c_attn", "blk.7.attn_qkv", 24, {}},
+      {"gpt_neox", "gptneox", "gpt_neox.layers.7.attention.query_key_value", "blk.7.attn_qkv", 24, fused},
+      {"bloom", "bloom", "transformer.h.7.self_attention.query_key_value", "blk.7.attn_qkv", 24, fused},
+      {"falcon", "falcon", "transformer.h.7.self_attention.query_key_value", "blk.7.attn_qkv", 16, falcon},
+      {"bert", "bert", "bert.encoder.layer.7.output.dense", "blk.7.ffn_down", 8, {}},
+  };
+  for (const Case& c : cases) {
+    INFO(c.model_type, " ", c.hf);
+    const bool one_each = std::string_view(c.model_type) == "gpt_neox" || std::string_view(c.model_type) == "bloom";
+    const std::string kv = one_each ? "" : R"(,"num_key_value_heads":2)";
+    const ModelConfig config = parse_model_config(
+        "config.json", std::string(R"({"model_type":")") + c.model_type + R"(","num_attention_heads":4)" + kv + "}");
+    const GgufAdapterOptions o = gguf_options(config);
+    CHECK(o.architecture == c.architecture);
+    PeftAdapter a;
+    a.modules.push_back(module(c.hf, c.rows, 6, 2, 4, false, 1));
+    describe_modules(a);
+    TempDir dir;
+    gguf_adapter(a, o).write(dir / "a.gguf");
+    const MappedFile file(dir / "a.gguf");
+    const GgufHeader h = parse_gguf("a", file.bytes());
+    CHECK(std::get<std::string>(*h.find("general.architecture")) == c.architecture);
+    const GgufTensor* t = h.tensor(std::string(c.gguf) + ".weight.lora_b");
+    REQUIRE(t != nullptr);
+    const auto values = io::detail::gguf_floats("a", *t, file.bytes().data() + h.data_offset + t->offset);
+    const Matrix<float>& B = a.modules[0].factors.B;
+    for (Index i = 0; i < c.rows; ++i)
+      for (Index j = 0; j < 2; ++j)
+        CHECK(values[std::size_t(2 * i + j)] == B(c.order.empty() ? i : c.order[std::size_t(i)], j));
+    // Back, the architecture taken from the file.
+    const PeftAdapter b =
+        read_gguf_adapter(dir / "a.gguf", {.architecture = "", .heads = o.heads, .kv_heads = o.kv_heads});
+    CHECK(b.modules[0].name == c.hf);
+    CHECK(same_bits(b.modules[0].factors.B, B));
+    if (c.order.empty()) {
+      CHECK_NOTHROW((void)gguf_adapter(a, {.architecture = c.architecture}));  // needs no heads
+    } else {
+      check_error<ArgumentError>(
+          [&] { (void)gguf_adapter(a, {.architecture = c.architecture}); },
+          {c.hf, c.rows == 8 ? "num_key_value_heads is missing" : "num_attention_heads is missing"});
+      check_error<ArgumentError>(
+          [&] { (void)gguf_adapter(a, {.architecture = c.architecture, .heads = 5, .kv_heads = 5}); },
+          {c.hf, "do not divide"});
+    }
+  }
+}
+
+TEST_CASE("architectures and families that are not known are refused with the known ones named") {
+  PeftAdapter a;
+  a.modules.push_back(module("model.layers.0.self_attn.q_proj", 8, 8, 2, 4, false, 1));
+  describe_modules(a);
+  check_error<ArgumentError>([&] { (void)gguf_adapter(a, {.architecture = "mamba"}); }, {"mamba", "llama", "gptneox"});
+  for (const char* text : {R"({"model_type":"mamba"})", R"({"model_type":"opt"})", R"({"model_type":"vit"})"})
+    check_error([&] { (void)gguf_options(parse_model_config("d/config.json", text)); },
+                {"d/config.json", "model_type", "qwen2", "gpt_neox"});
+  check_error([&] { (void)gguf_options(parse_model_config("d/config.json", "{}")); }, {"model_type", "missing"});
+  TempDir dir;
+  GgufWriter w;
+  w.set("general.type", std::string("adapter"));
+  w.set("general.architecture", std::string("mamba"));
+  w.set("adapter.type", std::string("lora"));
+  w.write(dir / "m.gguf");
+  check_error([&] { (void)read_gguf_adapter(dir / "m.gguf", {.architecture = ""}); },
+              {"general.architecture", "mamba", "llama"});
+}
+
+TEST_CASE("config.json of any family: heads under their several names, ties, nested texts, bad types") {
+  const auto parse = [](const std::string& text) { return parse_model_config("config.json", text); };
+  ModelConfig c = parse(R"({"model_type":"gpt2","n_head":12,"architectures":["GPT2LMHeadModel"]})");
+  CHECK(c.heads == 12);
+  CHECK(c.kv_heads == 12);
+  CHECK(c.tied_head);
+  CHECK(c.architecture == "GPT2LMHeadModel");
+  REQUIRE(c.family() != nullptr);
+  CHECK(peft_task_type(*c.family(), c.architecture) == "CAUSAL_LM");
+  c = parse(R"({"model_type":"llama","num_attention_heads":32,"num_key_value_heads":8})");
+  CHECK(c.kv_heads == 8);
+  CHECK_FALSE(c.tied_head);
+  c = parse(R"({"model_type":"falcon","num_attention_heads":71,"num_kv_heads":71,"multi_query":true})");
+  CHECK(c.kv_heads == 1);
+  c = parse(
+      R"({"model_type":"falcon","num_attention_heads":128,"num_kv_heads":8,"multi_query":true,"new_decoder_architecture":true})");
+  CHECK(c.kv_heads == 8);
+  c = parse(R"({"model_type":"gemma3","text_config":{"num_attention_heads":8,"num_key_value_heads":4}})");
+  CHECK(c.heads == 8);
+  CHECK(c.kv_heads == 4);
+  c = parse(R"({"model_type":"qwen3_moe","num_experts":128})");
+  CHECK(c.experts == 128);
+  CHECK(parse(R"({"model_type":"mamba"})").family() == nullptr);
+  check_error([&] { (void)parse(R"({"num_attention_heads":"x"})"); }, {"num_attention_heads", "integer"});
+  check_error([&] { (void)parse(R"({"model_type":3})"); }, {"model_type", "string"});
+  check_error([&] { (void)parse("[]"); }, {"object"});
+}
+
 TEST_CASE("what llama.cpp would ignore or misread is refused") {
   const auto refuses = [](const PeftAdapter& a, std::initializer_list<const char*> parts,
                           GgufAdapterOptions o = {.heads = 2, .kv_heads = 2}) {
@@ -217,7 +340,7 @@ TEST_CASE("what llama.cpp would ignore or misread is refused") {
   refuses(a, {"lm_head", "tie_word_embeddings"}, {.tied_head = true});
   a = good;
   a.modules[0].name = "transformer.h.0.attn.c_attn";
-  refuses(a, {"c_attn", "counterpart"});
+  refuses(a, {"c_attn", "counterpart", "\"llama\""});
   a = good;
   a.modules[0].name = "model.layers.x.self_attn.q_proj";
   refuses(a, {"counterpart"});

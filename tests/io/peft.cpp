@@ -3,6 +3,7 @@
 #include "lowrank/io/peft.hpp"
 
 #include "lowrank/io/checkpoint.hpp"
+
 #include "support.hpp"
 
 using namespace lowrank;
@@ -322,6 +323,7 @@ TEST_CASE("magnitudes and biases that are not finite are neither read nor writte
       PeftAdapter a;
       a.config.target_modules = {"q"};
       a.config.use_dora = dora;
+      a.config.lora_bias = !dora;
       a.modules.push_back(module("q", 5, 4, 2, 1, 1));
       auto& v = dora ? a.modules[0].magnitude : a.modules[0].bias;
       v.assign(5, 1);
@@ -348,4 +350,84 @@ TEST_CASE("magnitudes and biases that are not finite are neither read nor writte
                   {"q", dora ? "lora_magnitude_vector" : "lora_B.bias", "not finite"});
       check_error<ArgumentError>([&] { write_peft(dir / "c", a); }, {"'q'", "not finite"});
     }
+}
+
+TEST_CASE("what contradicts its configuration is neither written nor read: module and setting are named") {
+  TempDir dir;
+  const auto refuses = [&](const PeftAdapter& a, std::initializer_list<const char*> parts) {
+    check_error<ArgumentError>([&] { write_peft(dir / "a", a); }, parts);
+    CHECK_FALSE(std::filesystem::exists(dir / "a"));
+  };
+  const char* first = "'model.layers.0.mlp.up_proj'";
+  const PeftAdapter good = small_adapter();
+  PeftAdapter a = good;
+  a.modules[0].magnitude.assign(12, 1);
+  refuses(a, {first, "lora_magnitude_vector", "use_dora is not set"});
+  a = good;
+  a.config.use_dora = true;
+  refuses(a, {first, "lacks lora_magnitude_vector", "use_dora"});
+  for (auto& m : a.modules) m.magnitude.assign(5, 1);
+  refuses(a, {first, "5 elements", "12"});
+  a = good;
+  a.modules[0].bias.assign(12, 1);
+  refuses(a, {first, "lora_B.bias", "lora_bias is not set"});
+  a.config.lora_bias = true;
+  a.modules[0].bias.pop_back();
+  refuses(a, {first, "11 elements", "12"});
+  a = good;
+  a.config.target_modules = {"q_proj"};
+  refuses(a, {first, "target_modules [q_proj]"});
+  a.config.target_modules = {"proj"};  // the end of a component is not a component
+  refuses(a, {first, "target_modules [proj]"});
+  a.config.target_modules.clear();
+  a.config.target_expression = R"(.*\.(q|k)_proj)";
+  refuses(a, {first, "target_modules", "(q|k)_proj"});
+  a.config.target_expression = "all-linear";
+  write_peft(dir / "all", a);
+  CHECK(read_peft(dir / "all").modules.size() == 3);
+  a.modules[0].kind = ModuleKind::embedding;
+  refuses(a, {first, "all-linear"});
+  a = good;
+  a.config.exclude_modules = {"up_proj"};
+  refuses(a, {first, "exclude_modules"});
+  a = good;
+  a.config.layers_to_transform = {0};
+  refuses(a, {"'model.layers.1.self_attn.q_proj'", "layers_to_transform"});
+  a = good;
+  a.saved.push_back({{"score.weight", Dtype::F32, {1}}, std::vector<std::byte>(4)});
+  refuses(a, {"score.weight", "modules_to_save"});
+  a = good;
+  a.modules[1].name = a.modules[0].name;
+  refuses(a, {first, "twice"});
+  a = good;
+  a.modules.clear();
+  refuses(a, {"no modules"});
+  a = good;
+  a.modules[0].factors.B = random_matrix(12, 3, 1);
+  refuses(a, {first, "do not go together"});
+  a = good;
+  a.modules[0].a_shape = {2, 6};
+  refuses(a, {first, "a_shape [2, 6]"});
+  // Nothing said is what the modules say.
+  a = good;
+  a.config.target_modules.clear();
+  write_peft(dir / "empty", a);
+  CHECK(read_peft(dir / "empty").config.target_modules == std::vector<std::string>{"q_proj", "up_proj"});
+
+  // A directory that somebody else wrote so.
+  put_adapter(dir / "b", R"({"peft_type":"LORA","r":2,"lora_alpha":4,"target_modules":["k","v"]})", pair("x.q"));
+  check_error([&] { (void)read_peft(dir / "b"); }, {"'x.q'", "target_modules [k, v]"});
+  put_adapter(dir / "b", R"({"peft_type":"LORA","r":2,"target_modules":".*k"})", pair("x.q"));
+  check_error([&] { (void)read_peft(dir / "b"); }, {"'x.q'", "target_modules"});
+  put_adapter(dir / "b", R"({"peft_type":"LORA","r":2,"target_modules":"(?i).*K"})", pair("x.q"));
+  CHECK_NOTHROW((void)read_peft(dir / "b"));  // Python's grammar
+  put_adapter(dir / "b", plain, with(pair("x.q"), {P + "x.q.lora_B.bias", Dtype::F32, {5}}));
+  check_error([&] { (void)read_peft(dir / "b"); }, {"'x.q'", "lora_bias is not set"});
+}
+
+TEST_CASE("numbers that nothing holds are named, not the parser's words for them") {
+  check_error([] { (void)parse_peft_config("c.json", R"({"peft_type":"LORA","lora_alpha":1e400})"); },
+              {"c.json", "beyond the range", "1e400"});
+  check_error([] { (void)parse_peft_config("c.json", R"({"peft_type":"LORA","r":99999999999999999999})"); },
+              {"'r'", "integer in [1, 1073741824]"});
 }

@@ -2,6 +2,8 @@
 // safetensors: what the format allows is read, what it forbids is refused with the tensor's name, and bytes survive.
 #include "lowrank/io/safetensors.hpp"
 
+#include "lowrank/io/changed_base.hpp"
+#include "lowrank/io/checkpoint.hpp"
 #include "lowrank/io/safetensors_writer.hpp"
 #include "support.hpp"
 
@@ -291,4 +293,72 @@ TEST_CASE("every conversion of a stored type agrees with its definition") {
   check_error<ArgumentError>([&] { convert_from(Dtype::I32, in, 1, &x); }, {"I32"});
   for (std::size_t i = 0; i < 20; ++i) CHECK(parse_dtype(dtype_name(Dtype(i))) == Dtype(i));
   CHECK_FALSE(parse_dtype("F16 ").has_value());
+}
+
+TEST_CASE("a Git LFS pointer is called one, whatever file it stands for") {
+  TempDir dir;
+  const std::string pointer =
+      "version https://git-lfs.github.com/spec/v1\noid "
+      "sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
+      "size 4943162336\n";
+  put(dir / "model.safetensors", pointer);
+  put(dir / "config.json", pointer);
+  check_error([&] { SafeTensors f(dir / "model.safetensors"); },
+              {"model.safetensors", "Git LFS pointer", "git lfs pull"});
+  check_error([&] { Checkpoint c(dir.path()); }, {"model.safetensors", "Git LFS pointer"});
+  check_error([&] { (void)read_text(dir / "config.json"); }, {"config.json", "Git LFS pointer"});
+  std::uint64_t offset = 0;
+  check_error([&] { (void)parse_safetensors("f", bytes_of(pointer), offset); }, {"Git LFS pointer"});
+}
+
+TEST_CASE("a file truncated while it is open is an error of every copy, not a signal") {
+  TempDir dir;
+  const std::string path = dir / "m.safetensors";
+  const Index n = 1 << 16;  // many pages: the last ones are gone altogether
+  SafeTensorsWriter w(path, {{"w", Dtype::F32, {16, std::uint64_t(n / 16)}}});
+  const Matrix<float> values = random_matrix(16, n / 16, 1);
+  w.write_matrix("w", values);
+  w.commit();
+  const SafeTensors f(path);
+  const TensorView t = f["w"];
+  const std::string before = fingerprint(t);
+  CHECK(before == fingerprint(t.dtype(), t.shape(), t.bytes()));
+  std::filesystem::resize_file(path, std::filesystem::file_size(path) / 2);
+  check_error([&] { (void)fingerprint(t); }, {path.c_str(), "shrank"});
+  check_error([&] { (void)t.to_matrix<float>(); }, {"shrank"});
+  check_error([&] { (void)t.folded<float>(); }, {"shrank"});
+  check_error([&] { (void)t.copied_bytes(); }, {"shrank"});
+  SafeTensorsWriter copy(dir / "c.safetensors", {{"w", Dtype::F32, {16, std::uint64_t(n / 16)}}});
+  check_error([&] { copy.copy("w", t); }, {"shrank"});
+}
+
+TEST_CASE("a convolution's weight folds out x (in*kh*kw), as adapter files fold theirs") {
+  TempDir dir;
+  const std::string path = dir / "m.safetensors";
+  SafeTensorsWriter w(path, {{"conv", Dtype::F32, {8, 3, 3, 3}}, {"v", Dtype::F32, {5}}});
+  std::vector<float> x(216);
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = float(i);
+  w.write("conv", std::as_bytes(std::span(x)));
+  w.write("v", std::as_bytes(std::span(x.data(), 5)));
+  w.commit();
+  const SafeTensors f(path);
+  CHECK(folded_extents(f["conv"].shape()) == std::pair<Index, Index>{8, 27});
+  const Matrix<float> m = f["conv"].folded<float>();
+  REQUIRE(m.rows() == 8);
+  REQUIRE(m.cols() == 27);
+  CHECK(m(2, 1 * 9 + 2 * 3 + 1) == float(((2 * 3 + 1) * 3 + 2) * 3 + 1));  // out 2, in 1, row 2, column 1
+  CHECK(f["v"].folded<float>().rows() == 5);
+  check_error([&] { (void)f["conv"].folded<bf16>(); }, {"conv", "F32", "BF16"});
+}
+
+TEST_CASE("XXH64 in pieces is XXH64") {
+  std::string text;
+  for (int i = 0; i < 301; ++i) text += char(i * 7);
+  for (const std::size_t n : {0U, 1U, 31U, 32U, 33U, 64U, 301U})
+    for (const std::size_t step : {1U, 5U, 31U, 32U, 40U, 400U}) {
+      const Bytes all = bytes_of(text).first(n);
+      Xxh64 h(11);
+      for (std::size_t at = 0; at < n; at += step) h.add(all.subspan(at, std::min(step, n - at)));
+      CHECK(h.value() == xxh64(all, 11));
+    }
 }

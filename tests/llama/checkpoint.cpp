@@ -189,7 +189,7 @@ TEST_CASE("a changed model is saved as the checkpoint it came from: shards, type
     for (const auto& t : was.tensors())
       CHECK(std::ranges::equal(is[t.name].bytes(), was[t.name].bytes()));  // a weight nobody touched keeps its bits
   }
-  using io::detail::read_json_object;
+  using io::read_json_object;
   CHECK(read_json_object(f / "same/config.json") == read_json_object(f / "base/config.json"));
   CHECK(read_json_object(f / "same/model.safetensors.index.json") ==
         read_json_object(f / "base/model.safetensors.index.json"));

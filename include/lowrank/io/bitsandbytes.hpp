@@ -11,6 +11,10 @@
 
 namespace lowrank::io {
 
+/// What stands between the name of a 4-bit weight and its type ("nf4", "fp4") in the name of the tensor that describes
+/// it.
+inline constexpr std::string_view bitsandbytes_state_suffix = ".quant_state.bitsandbytes__";
+
 /// A tensor ready to be written.
 struct OwnedTensor {
   TensorSpec spec;
@@ -25,15 +29,13 @@ OwnedTensor owned(std::string name, Shape shape, std::span<const X> values) {
   return {{std::move(name), dtype_of<X>(), std::move(shape)}, {b.begin(), b.end()}};
 }
 
-inline constexpr std::string_view bnb_state = ".quant_state.bitsandbytes__";
-
 /// All values of a small tensor of that very type.
 template <class X>
 std::vector<X> plain_values(const TensorView& t) {
   if (t.dtype() != dtype_of<X>())
     t.fail(lowrank::detail::text("is stored as ", dtype_name(t.dtype()), ", expected ", dtype_name(dtype_of<X>())));
   std::vector<X> v(t.bytes().size() / sizeof(X));
-  if (!v.empty()) std::memcpy(v.data(), t.bytes().data(), t.bytes().size());
+  t.copy_bytes(reinterpret_cast<std::byte*>(v.data()));
   return v;
 }
 
@@ -86,7 +88,7 @@ std::vector<OwnedTensor> bitsandbytes_tensors(const std::string& weight, const Q
   // before.
   std::string text = state.dump();
   text.append(text.size() < 256 ? 256 - text.size() : 0, ' ');
-  out.push_back(detail::owned(weight + std::string(detail::bnb_state) + type, {text.size()},
+  out.push_back(detail::owned(weight + std::string(bitsandbytes_state_suffix) + type, {text.size()},
                               std::span(reinterpret_cast<const std::uint8_t*>(text.data()), text.size())));
   return out;
 }
@@ -95,7 +97,7 @@ std::vector<OwnedTensor> bitsandbytes_tensors(const std::string& weight, const Q
 /// not.
 inline std::string bitsandbytes_type(const Checkpoint& c, const std::string& weight) {
   for (const char* type : {"nf4", "fp4"})
-    if (c.find(weight + std::string(detail::bnb_state) + type)) return type;
+    if (c.find(weight + std::string(bitsandbytes_state_suffix) + type)) return type;
   return {};
 }
 
@@ -114,10 +116,10 @@ inline BitsandbytesState read_bitsandbytes_state(const Checkpoint& c, const std:
   BitsandbytesState s;
   s.type = bitsandbytes_type(c, weight);
   if (s.type.empty()) throw IoError(c.path(), weight, "is no 4-bit weight of bitsandbytes");
-  const TensorView state = c[weight + std::string(detail::bnb_state) + s.type];
+  const TensorView state = c[weight + std::string(bitsandbytes_state_suffix) + s.type];
   const std::string& path = state.file().path();
   const auto bytes = detail::plain_values<std::uint8_t>(state);
-  s.json = detail::parse_json(path, {reinterpret_cast<const char*>(bytes.data()), bytes.size()});
+  s.json = parse_json(path, {reinterpret_cast<const char*>(bytes.data()), bytes.size()});
   if (!s.json.is_object()) state.fail("must hold a JSON object");
   const detail::JsonReader in(path, s.json);
   s.type = detail::bnb_codebook(path, in.string("quant_type", s.type)).name();

@@ -56,7 +56,7 @@ Matrix<T> read_bitsandbytes_int8(const Checkpoint& c, const std::string& weight)
     scales.fail(lowrank::detail::text("has shape ", shape_text(scales.shape()), " of ", dtype_name(scales.dtype()),
                                       ", expected one float for each of the ", m, " rows of ", weight));
   if (const auto format = c.find(detail::beside_weight(weight, ".weight_format")))
-    for (const std::byte b : format->bytes())
+    for (const std::byte b : format->copied_bytes())
       if (b != std::byte{0})
         format->fail("says that the weight is in a GPU's own layout, which is not read; save it in rows");
   const auto largest = scales.to_vector<double>();
@@ -64,9 +64,10 @@ Matrix<T> read_bitsandbytes_int8(const Checkpoint& c, const std::string& weight)
     if (!(x >= 0) || !std::isfinite(x)) scales.fail(lowrank::detail::text("holds ", x, ", which is no scale"));
   Matrix<T> out;
   out.resize(m, n);
-  const auto* q = reinterpret_cast<const std::int8_t*>(w.bytes().data());
+  std::vector<std::int8_t> q(w.bytes().size());
+  w.copy_bytes(reinterpret_cast<std::byte*>(q.data()));
   for (Index i = 0; i < m; ++i)
-    for (Index j = 0; j < n; ++j) out(i, j) = T(double(q[i * n + j]) * largest[std::size_t(i)] / 127);
+    for (Index j = 0; j < n; ++j) out(i, j) = T(double(q[std::size_t(i * n + j)]) * largest[std::size_t(i)] / 127);
   return out;
 }
 

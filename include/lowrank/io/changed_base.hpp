@@ -27,16 +27,26 @@ struct ChangedBase {
   friend bool operator==(const ChangedBase&, const ChangedBase&) = default;
 };
 
-/// Sixteen hexadecimal digits that two tensors share when type, shape and every bit agree (and by chance once in 2⁶⁴).
-///
-/// It depends on neither the name, nor the file, nor how a checkpoint is sharded. **Cost** one pass over the bytes.
-inline std::string fingerprint(Dtype dtype, const Shape& shape, Bytes bytes) {
-  std::uint64_t h = xxh64(bytes, xxh64(std::string(dtype_name(dtype)) + shape_text(shape)));
+namespace detail {
+inline std::string hex_text(std::uint64_t h) {
   std::string text(16, '0');
   for (auto digit = text.rbegin(); digit != text.rend(); ++digit, h >>= 4) *digit = "0123456789abcdef"[h & 15];
   return text;
 }
-inline std::string fingerprint(const TensorView& t) { return fingerprint(t.dtype(), t.shape(), t.bytes()); }
+}  // namespace detail
+
+/// Sixteen hexadecimal digits that two tensors share when type, shape and every bit agree (and by chance once in 2⁶⁴).
+///
+/// It depends on neither the name, nor the file, nor how a checkpoint is sharded. **Cost** one pass over the bytes.
+inline std::string fingerprint(Dtype dtype, const Shape& shape, Bytes bytes) {
+  return detail::hex_text(xxh64(bytes, xxh64(std::string(dtype_name(dtype)) + shape_text(shape))));
+}
+/// **Throws** IoError when the file cannot be read, or was truncated.
+inline std::string fingerprint(const TensorView& t) {
+  Xxh64 h(xxh64(std::string(dtype_name(t.dtype())) + shape_text(t.shape())));
+  t.read([&](Bytes piece) { h.add(piece); });
+  return detail::hex_text(h.value());
+}
 
 /// The text of a lowrank.json.
 inline std::string changed_base_text(const ChangedBase& b) {
@@ -64,7 +74,7 @@ inline void expect_kind(const std::string& path, const std::string& kind) {
 
 /// Reads the text of a lowrank.json. **Throws** IoError naming `path` and the key.
 inline ChangedBase parse_changed_base(const std::string& path, std::string_view text) {
-  const Json json = detail::parse_json(path, text);
+  const Json json = parse_json(path, text);
   if (!json.is_object()) throw IoError(path, "must hold a JSON object");
   const detail::JsonReader in(path, json);
   ChangedBase b;

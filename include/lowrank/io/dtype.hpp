@@ -149,6 +149,8 @@ struct f8_e8m0 {  // a power of two
   }
 };
 
+}  // namespace detail
+
 /// One element, wherever it lies: file data owes nobody an alignment.
 template <class S>
 S load_unaligned(const std::byte* p) {
@@ -156,6 +158,8 @@ S load_unaligned(const std::byte* p) {
   std::memcpy(&x, p, sizeof x);
   return x;
 }
+
+namespace detail {
 
 template <class S, class T>
 void convert_run(const std::byte* in, Index n, T* out) {

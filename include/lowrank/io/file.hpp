@@ -8,6 +8,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -65,6 +66,12 @@ inline Descriptor open_regular(const std::string& path, std::uint64_t& size) {
   return fd;
 }
 
+/// What a clone has instead of a large file until it is fetched begins so.
+inline void refuse_lfs_pointer(const std::string& path, std::string_view begin) {
+  if (begin.starts_with("version https://git-lfs"))
+    throw IoError(path, "is a Git LFS pointer, not the file it stands for; fetch that with `git lfs pull`");
+}
+
 /// Makes renames and removals in the directory of a file durable, where the file system lets it.
 inline void sync_directory_of(const std::string& path) noexcept {
   const auto slash = path.find_last_of('/');
@@ -76,8 +83,9 @@ inline void sync_directory_of(const std::string& path) noexcept {
 
 /// A regular file, mapped read-only. The bytes stay valid as long as this object; pages are read when touched.
 ///
-/// Truncating the file while it is mapped raises SIGBUS in whoever reads it: do not modify checkpoints in use.
-/// **Throws** IoError when the path cannot be opened or is not a regular file.
+/// Truncating the file while it is mapped raises SIGBUS in whoever touches bytes(), and an IoError in read(): do not
+/// modify checkpoints in use.
+/// **Throws** IoError when the path cannot be opened, is not a regular file, or is a Git LFS pointer to one.
 class MappedFile {
  public:
   MappedFile() = default;
@@ -86,6 +94,9 @@ class MappedFile {
     fd_ = detail::open_regular(path_, size);
     size_ = std::size_t(size);
     if (size_ == 0) return;
+    char begin[32];
+    const ssize_t n = ::pread(fd_.get(), begin, sizeof begin, 0);
+    detail::refuse_lfs_pointer(path_, std::string_view(begin, n < 0 ? 0 : std::size_t(n)));
     void* p = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, fd_.get(), 0);
     if (p == MAP_FAILED) detail::throw_errno(path_, "cannot map");
     data_ = static_cast<const std::byte*>(p);
@@ -162,7 +173,7 @@ class MappedFile {
   std::size_t size_ = 0;
 };
 
-/// A small file, read whole. **Throws** IoError, also when it is larger than `limit` bytes.
+/// A small file, read whole. **Throws** IoError, also when it is larger than `limit` bytes or a Git LFS pointer.
 inline std::string read_text(const std::string& path, std::uint64_t limit = std::uint64_t(1) << 28) {
   std::uint64_t size = 0;
   const detail::Descriptor fd = detail::open_regular(path, size);
@@ -177,6 +188,7 @@ inline std::string read_text(const std::string& path, std::uint64_t limit = std:
     if (n == 0) throw IoError(path, "shrank while it was read");
     done += std::size_t(n);
   }
+  detail::refuse_lfs_pointer(path, text);
   return text;
 }
 
@@ -237,7 +249,14 @@ class OutputFile {
       off64_t in = range.data() - from.bytes().data(), out = off64_t(offset);
       const ssize_t n = ::copy_file_range(from.descriptor(), &in, fd_.get(), &out, range.size(), 0);
       if (n < 0 && errno == EINTR) continue;
-      if (n <= 0) return write_at(offset, range);  // across file systems, or an old kernel
+      if (n <= 0) {  // across file systems, an old kernel, or there is nothing left to read
+        std::vector<std::byte> piece(std::min<std::size_t>(range.size(), std::size_t(1) << 20));
+        from.read(range.first(piece.size()), piece.data());
+        write_at(offset, piece);
+        range = range.subspan(piece.size());
+        offset += piece.size();
+        continue;
+      }
       range = range.subspan(std::size_t(n));
       offset += std::uint64_t(n);
     }

@@ -138,8 +138,7 @@ inline Float8Scales float8_scales(const Checkpoint& c, const TensorView& weight,
     first = slice * count;
   }
   s.values.resize(std::size_t(s.rows * s.cols));
-  convert_from(t.dtype(), t.bytes().data() + std::size_t(first) * dtype_bits(t.dtype()) / 8, s.rows * s.cols,
-               s.values.data());
+  t.copy_to(s.values.data(), first, s.rows * s.cols);
   for (const float x : s.values)
     if (!(x >= 0) || !std::isfinite(x)) t.fail(lowrank::detail::text("holds ", x, ", which is no scale"));
   return s;
@@ -160,7 +159,7 @@ Matrix<T> read_float8(const Checkpoint& c, const TensorView& weight, Index slice
   const Float8Scales s = float8_scales(c, weight, slice);
   Matrix<T> out;
   out.resize(k.m, k.n);
-  convert_from(weight.dtype(), weight.bytes().data() + slice * k.m * k.n, k.m * k.n, out.data());
+  weight.copy_to(out.data(), slice * k.m * k.n, k.m * k.n);
   if (s.name.empty()) return out;
   lowrank::parallel_ranges(k.m, std::max<Index>(1, (1 << 16) / std::max<Index>(1, k.n)), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) {

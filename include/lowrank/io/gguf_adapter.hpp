@@ -6,82 +6,59 @@
 #include <string>
 #include <utility>
 
+#include "lowrank/io/detail/gguf_names.hpp"
 #include "lowrank/io/gguf.hpp"
 #include "lowrank/io/llama_config.hpp"
+#include "lowrank/io/model_config.hpp"
 #include "lowrank/io/peft.hpp"
 
 namespace lowrank::io {
 
-/// What the base of a GGUF adapter is. llama.cpp lays the rows of q_proj and k_proj of Llama-architecture models out in
-/// interleaved pairs, so that their adapters must be permuted by head.
+/// What the base of a GGUF adapter is. llama.cpp orders the rows of some weights by head, so that their adapters must
+/// be too: of q_proj and k_proj of its Llama architecture (Mistral's too) in interleaved pairs, of the fused weights of
+/// GPT-NeoX, BLOOM and Falcon queries, keys, values. Other architectures keep the rows as they are.
 struct GgufAdapterOptions {
-  std::string architecture = "llama";
-  Index heads = 0, kv_heads = 0;  ///< needed when q_proj or k_proj is adapted
-  Dtype dtype = Dtype::F32;       ///< of the tensors: F32, F16 or BF16
-  bool tied_head = false;         ///< the base has no output head of its own
+  std::string architecture = "llama";  ///< general.architecture; one of gguf_adapter_architectures()
+  Index heads = 0, kv_heads = 0;       ///< needed when such rows are adapted
+  Dtype dtype = Dtype::F32;            ///< of the tensors: F32, F16 or BF16
+  bool tied_head = false;              ///< the base has no output head of its own
 };
+
+/// The architectures whose adapters are translated: "llama, qwen2, ...".
+inline std::string gguf_adapter_architectures() { return detail::gguf_architecture_names(); }
 
 /// The options a Llama config implies.
 inline GgufAdapterOptions gguf_options(const LlamaConfig& c, Dtype dtype = Dtype::F32) {
   return {"llama", c.num_attention_heads, c.num_key_value_heads, dtype, c.tie_word_embeddings};
 }
 
-namespace detail {
-
-struct GgufNamePair {
-  std::string_view hf, gguf;
-};
-inline constexpr GgufNamePair gguf_layer_names[] = {{"self_attn.q_proj", "attn_q"}, {"self_attn.k_proj", "attn_k"},
-                                                    {"self_attn.v_proj", "attn_v"}, {"self_attn.o_proj", "attn_output"},
-                                                    {"mlp.gate_proj", "ffn_gate"},  {"mlp.up_proj", "ffn_up"},
-                                                    {"mlp.down_proj", "ffn_down"}};
-inline constexpr GgufNamePair gguf_model_names[] = {{"model.embed_tokens", "token_embd"}, {"lm_head", "output"}};
-
-inline bool is_number(std::string_view s) {
-  return !s.empty() && s.size() < 9 && s.find_first_not_of("0123456789") == std::string_view::npos;
-}
-
-/// "model.layers.3.self_attn.q_proj" ↔ "blk.3.attn_q"; empty when there is no counterpart.
-inline std::string translate_name(std::string_view name, bool to_gguf) {
-  const auto from = [&](const GgufNamePair& p) { return to_gguf ? p.hf : p.gguf; };
-  const auto to = [&](const GgufNamePair& p) { return std::string(to_gguf ? p.gguf : p.hf); };
-  for (const GgufNamePair& p : gguf_model_names)
-    if (name == from(p)) return to(p);
-  const std::string_view prefix = to_gguf ? "model.layers." : "blk.";
-  if (!name.starts_with(prefix)) return {};
-  const std::string_view rest = name.substr(prefix.size());
-  const auto dot = rest.find('.');
-  if (dot == std::string_view::npos || !is_number(rest.substr(0, dot))) return {};
-  for (const GgufNamePair& p : gguf_layer_names)
-    if (rest.substr(dot + 1) == from(p))
-      return std::string(to_gguf ? "blk." : "model.layers.") + std::string(rest.substr(0, dot)) + "." + to(p);
-  return {};
-}
-
-/// Row i of the permuted matrix is row `permuted_row(i)` of the original: within each head of 2h rows, the halves (two
-/// blocks of h, as Hugging Face rotates) become pairs (as llama.cpp rotates).
-inline Index permuted_row(Index i, Index rows, Index heads, bool to_gguf) {
-  const Index per_head = rows / heads, half = per_head / 2, head = i / per_head, j = i % per_head;
-  return head * per_head + (to_gguf ? (j % 2) * half + j / 2 : (j % half) * 2 + j / half);
-}
-
-inline Matrix<float> permute_rows(const Matrix<float>& B, Index heads, bool to_gguf) {
-  Matrix<float> out;
-  out.resize(B.rows(), B.cols());
-  for (Index i = 0; i < B.rows(); ++i) {
-    const Index from = permuted_row(i, B.rows(), heads, to_gguf);
-    std::copy_n(&B(from, 0), B.cols(), &out(i, 0));
+/// The options a config.json of any family implies.
+///
+/// **Throws** IoError naming the file: a model_type that is missing or not known, or one that llama.cpp has no adapters
+/// for.
+inline GgufAdapterOptions gguf_options(const ModelConfig& c, Dtype dtype = Dtype::F32) {
+  const ModelFamily* family = c.family();
+  if (family == nullptr || family->gguf_architecture.empty()) {
+    std::string known;
+    for (const ModelFamily& f : model_families())
+      if (!f.gguf_architecture.empty()) known += (known.empty() ? "" : ", ") + std::string(f.model_type);
+    throw IoError(c.path, "model_type",
+                  (c.model_type.empty() ? "is missing" : "is \"" + c.model_type + "\"") +
+                      ", of which no adapter in GGUF is known; known are " + known);
   }
-  return out;
+  return {std::string(family->gguf_architecture), c.heads, c.kv_heads, dtype, c.tied_head};
 }
+
+namespace detail {
 
 inline Matrix<float> transposed(const Matrix<float>& m) { return Matrix<float>(m.view().transposed()); }
 
-inline Index heads_of(const std::string& gguf_name, const GgufAdapterOptions& o) {
-  if (o.architecture != "llama") return 0;
-  if (gguf_name.ends_with(".attn_q")) return o.heads;
-  if (gguf_name.ends_with(".attn_k")) return o.kv_heads;
-  return -1;  // no permutation
+inline const GgufArchitecture& gguf_architecture(const std::string& name) {
+  const GgufArchitecture* a = find_gguf_architecture(name);
+  if (a == nullptr)
+    throw ArgumentError("GGUF adapter: the architecture \"" + name + "\" is not known; known are " +
+                        gguf_architecture_names());
+  return *a;
 }
 
 inline std::uint32_t gguf_type_of(Dtype d) {
@@ -127,13 +104,14 @@ inline std::vector<float> gguf_floats(const std::string& path, const GgufTensor&
 /// the configuration (times √r under rank-stabilised scaling), and what other modules' scales differ by is folded into
 /// their B. Embedding adapters store Aᵀ as the loader asks.
 /// **Throws** ArgumentError: a module without a counterpart in llama.cpp, convolutions, DoRA magnitudes, biases and
-/// saved tensors (llama.cpp would ignore them), an adapted head where the base's is tied to the embedding, q_proj or
-/// k_proj without matching head counts, an adapter that stands
-/// on a changed base (convert it with undo_residual first) or on a quantised one.
+/// saved tensors (llama.cpp would ignore them), an adapted head where the base's is tied to the embedding, rows ordered
+/// by heads without matching head counts, an architecture that is not known, an adapter that stands on a changed base
+/// (convert it with undo_residual first) or on a quantised one.
 inline GgufWriter gguf_adapter(const PeftAdapter& adapter, const GgufAdapterOptions& o) {
   const auto fail = [](const std::string& module, const std::string& what) {
     throw ArgumentError("gguf_adapter: " + (module.empty() ? "the adapter" : "module '" + module + "'") + " " + what);
   };
+  const detail::GgufArchitecture& architecture = detail::gguf_architecture(o.architecture);
   if (adapter.changed_base)
     fail("", "stands on a base that was changed with it (" + adapter.changed_base->kind +
                  "); undo that first, llama.cpp has the original");
@@ -155,12 +133,12 @@ inline GgufWriter gguf_adapter(const PeftAdapter& adapter, const GgufAdapterOpti
     return bytes;
   };
   const auto add = [&](const std::string& name, const Matrix<float>& m) {
-    if (o.dtype == Dtype::F16) detail::expect_f16_range("GGUF adapter", name, m);
+    if (o.dtype == Dtype::F16) expect_f16_range("GGUF adapter", name, m);
     out.add(name, type, {std::uint64_t(m.cols()), std::uint64_t(m.rows())}, pack(m));
   };
   for (const AdapterModule& m : adapter.modules) {
-    const std::string name = detail::translate_name(m.name, true);
-    if (name.empty()) fail(m.name, "has no counterpart in llama.cpp's Llama models");
+    const auto [name, rows] = detail::gguf_counterpart(architecture, m.name, true);
+    if (name.empty()) fail(m.name, "has no counterpart in llama.cpp's architecture \"" + o.architecture + "\"");
     if (m.kind == ModuleKind::conv || m.kind == ModuleKind::other) fail(m.name, "is a convolution, llama.cpp has none");
     if (name == "output" && o.tied_head)
       fail(m.name, "is the embedding in the base (tie_word_embeddings), so that llama.cpp has no weight to add it to");
@@ -172,12 +150,9 @@ inline GgufWriter gguf_adapter(const PeftAdapter& adapter, const GgufAdapterOpti
     const double applied = alpha / double(f.rank()), fold = double(f.scale) / applied;
     if (std::abs(fold - 1) > 1e-6)
       for (Index i = 0; i < B.size(); ++i) B.data()[i] = float(double(B.data()[i]) * fold);
-    if (const Index heads = detail::heads_of(name, o); heads >= 0) {
-      if (heads == 0 || B.rows() % (2 * heads) != 0)
-        fail(m.name, lowrank::detail::text("has ", B.rows(), " rows, which ", heads,
-                                           " heads do not divide into pairs; give the base's config.json"));
-      B = detail::permute_rows(B, heads, true);
-    }
+    if (const std::string wrong = detail::gguf_rows_problem(rows, B.rows(), o.heads, o.kv_heads); !wrong.empty())
+      fail(m.name, wrong);
+    if (rows != detail::GgufRows::as_is) B = detail::arranged_rows(B, rows, o.heads, o.kv_heads, true);
     const std::string tensor = name + ".weight";
     if (tensor.size() + 7 >= 64) fail(m.name, "has a name too long for GGUF");
     add(tensor + ".lora_a", m.kind == ModuleKind::embedding ? detail::transposed(f.A) : f.A);
@@ -188,9 +163,10 @@ inline GgufWriter gguf_adapter(const PeftAdapter& adapter, const GgufAdapterOpti
 
 /// Reads a GGUF adapter back into plain factors, with Hugging Face's names.
 ///
-/// **Throws** IoError as parse_gguf, and: not a LoRA adapter, another architecture than `o.architecture`, a tensor that
-/// is neither `.lora_a` nor `.lora_b` of a known weight, a factor without its partner, shapes that do not multiply,
-/// missing head counts for q_proj or k_proj.
+/// An empty `o.architecture` means whatever the file says.
+/// **Throws** IoError as parse_gguf, and: not a LoRA adapter, another architecture than `o.architecture` or one that is
+/// not known, a tensor that is neither `.lora_a` nor `.lora_b` of a known weight, a factor without its partner, shapes
+/// that do not multiply, missing head counts where rows are ordered by heads.
 inline PeftAdapter parse_gguf_adapter(const std::string& path, Bytes file, const GgufAdapterOptions& o) {
   const GgufHeader h = parse_gguf(path, file);
   const auto expect = [&](const char* key, const std::string& value) {
@@ -201,7 +177,15 @@ inline PeftAdapter parse_gguf_adapter(const std::string& path, Bytes file, const
   };
   expect("general.type", "adapter");
   expect("adapter.type", "lora");
-  expect("general.architecture", o.architecture);
+  if (!o.architecture.empty()) expect("general.architecture", o.architecture);
+  const GgufValue* said = h.find("general.architecture");
+  const auto* name_said = said == nullptr ? nullptr : std::get_if<std::string>(said);
+  const detail::GgufArchitecture* architecture =
+      name_said == nullptr ? nullptr : detail::find_gguf_architecture(*name_said);
+  if (architecture == nullptr)
+    throw IoError(path, "general.architecture",
+                  "is " + (said == nullptr ? "missing" : gguf_value_text(*said)) + ", known are " +
+                      detail::gguf_architecture_names());
   double alpha = 0;
   if (const GgufValue* v = h.find("adapter.lora.alpha")) {
     const auto* f = std::get_if<float>(v);
@@ -220,8 +204,10 @@ inline PeftAdapter parse_gguf_adapter(const std::string& path, Bytes file, const
   for (const auto& [name, pair] : pairs) {
     if (pair.first == nullptr || pair.second == nullptr) throw IoError(path, name, "has only one of lora_a and lora_b");
     AdapterModule m;
-    m.name = detail::translate_name(name, false);
-    if (m.name.empty()) throw IoError(path, name, "is not a weight of a Llama model");
+    const auto [hf_name, rows] = detail::gguf_counterpart(*architecture, name, false);
+    m.name = hf_name;
+    if (m.name.empty())
+      throw IoError(path, name, "is not a weight of the architecture \"" + std::string(architecture->name) + "\"");
     m.kind = name == "token_embd" ? ModuleKind::embedding : ModuleKind::linear;
     const auto matrix = [&](const GgufTensor& t) {
       for (const auto n : t.ne)
@@ -239,14 +225,9 @@ inline PeftAdapter parse_gguf_adapter(const std::string& path, Bytes file, const
     if (f.A.rows() != f.B.cols())
       throw IoError(path, name,
                     lowrank::detail::text("lora_a has rank ", f.A.rows(), ", lora_b has rank ", f.B.cols()));
-    if (const Index heads = detail::heads_of(name, o); heads >= 0) {
-      if (heads == 0 || f.B.rows() % (2 * heads) != 0)
-        throw IoError(path, name,
-                      lowrank::detail::text("has ", f.B.rows(), " rows, which ", heads,
-                                            " heads do not divide into pairs; give the base's "
-                                            "config.json or the number of heads"));
-      f.B = detail::permute_rows(f.B, heads, false);
-    }
+    if (const std::string wrong = detail::gguf_rows_problem(rows, f.B.rows(), o.heads, o.kv_heads); !wrong.empty())
+      throw IoError(path, name, wrong);
+    if (rows != detail::GgufRows::as_is) f.B = detail::arranged_rows(f.B, rows, o.heads, o.kv_heads, false);
     f.scale = alpha == 0 ? 1.0F : float(alpha / double(f.rank()));
     m.dtype = pair.first->type == gguf_type::f16    ? Dtype::F16
               : pair.first->type == gguf_type::bf16 ? Dtype::BF16
@@ -263,7 +244,9 @@ inline PeftAdapter parse_gguf_adapter(const std::string& path, Bytes file, const
 /// A GGUF adapter file. **Throws** as parse_gguf_adapter.
 inline PeftAdapter read_gguf_adapter(const std::string& path, const GgufAdapterOptions& o) {
   const MappedFile file(path);
-  return parse_gguf_adapter(path, file.bytes(), o);
+  std::vector<std::byte> bytes(file.bytes().size());  // read, not touched where it is mapped: see MappedFile
+  file.read(file.bytes(), bytes.data());
+  return parse_gguf_adapter(path, bytes, o);
 }
 
 }  // namespace lowrank::io

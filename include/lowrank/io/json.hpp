@@ -16,10 +16,8 @@ namespace lowrank::io {
 /// A JSON value that remembers the order of its keys (PEFT's patterns are matched in file order).
 using Json = nlohmann::ordered_json;
 
-namespace detail {
-
-/// Parses a whole document. **Throws** IoError(`path`, …) on syntax errors, duplicate keys, nesting deeper than 64, and
-/// objects of more than 20,000 keys (the ordered object looks keys up linearly).
+/// Parses a whole document. **Throws** IoError(`path`, …) on syntax errors, numbers no double holds, duplicate keys,
+/// nesting deeper than 64, and objects of more than 20,000 keys (the ordered object looks keys up linearly).
 inline Json parse_json(const std::string& path, std::string_view text) {
   std::vector<std::set<std::string>> keys;
   const auto watch = [&](int depth, Json::parse_event_t event, Json& parsed) {
@@ -35,16 +33,26 @@ inline Json parse_json(const std::string& path, std::string_view text) {
   };
   try {
     return Json::parse(text.begin(), text.end(), watch);
+  } catch (const nlohmann::json::out_of_range& e) {  // the library says which number, behind its own words
+    const std::string_view said = e.what();
+    const auto at = said.rfind('\'', said.size() - 2);
+    throw IoError(path, lowrank::detail::text("holds a number beyond the range of a double",
+                                              at == std::string_view::npos ? "" : ": ",
+                                              at == std::string_view::npos ? "" : said.substr(at)));
   } catch (const nlohmann::json::exception& e) {
     throw IoError(path, lowrank::detail::text("not valid JSON: ", e.what()));
   }
 }
 
+/// A file that holds one JSON object, read whole. **Throws** IoError as read_text() and parse_json(), and when it holds
+/// anything else.
 inline Json read_json_object(const std::string& path) {
   Json j = parse_json(path, read_text(path));
   if (!j.is_object()) throw IoError(path, "must hold a JSON object");
   return j;
 }
+
+namespace detail {
 
 /// A string as JSON writes it, quotes included. Bytes that are not UTF-8 are an error.
 inline std::string quoted(const std::string& path, const std::string& s) {
@@ -91,7 +99,7 @@ class JsonReader {
   }
   [[nodiscard]] std::int64_t as_integer(const std::string& key, const Json& v, std::int64_t low,
                                         std::int64_t high) const {
-    if (!v.is_number_integer()) fail(key, "an integer", v);
+    if (!v.is_number_integer()) fail(key, lowrank::detail::text("an integer in [", low, ", ", high, "]").c_str(), v);
     const bool too_big = v.is_number_unsigned() && v.get<std::uint64_t>() > std::uint64_t(high < 0 ? 0 : high);
     if (too_big || v.get<std::int64_t>() < low || v.get<std::int64_t>() > high)
       fail(key, lowrank::detail::text("an integer in [", low, ", ", high, "]").c_str(), v);

@@ -47,7 +47,7 @@ struct LlamaConfig {
 /// not known, sizes that are missing, not positive, or do not divide (hidden by heads, heads by kv_heads), an odd
 /// head_dim.
 inline LlamaConfig parse_llama_config(const std::string& path, std::string_view text) {
-  const Json json = detail::parse_json(path, text);
+  const Json json = parse_json(path, text);
   if (!json.is_object()) throw IoError(path, "must hold a JSON object");
   const detail::JsonReader in(path, json);
   LlamaConfig c;

@@ -179,8 +179,8 @@ inline NpyHeader parse_npy(const std::string& path, Bytes file) {
   if (major < 1 || major > 3) throw IoError(path, lowrank::detail::text("npy version ", major, " is unknown"));
   const std::size_t prefix = major == 1 ? 10 : 12;
   if (file.size() < prefix) throw IoError(path, "npy header is truncated");
-  const std::size_t n = major == 1 ? detail::load_unaligned<std::uint16_t>(file.data() + 8)
-                                   : detail::load_unaligned<std::uint32_t>(file.data() + 8);
+  const std::size_t n =
+      major == 1 ? load_unaligned<std::uint16_t>(file.data() + 8) : load_unaligned<std::uint32_t>(file.data() + 8);
   if (n > file.size() - prefix) throw IoError(path, "npy header reaches beyond the end of the file");
   NpyHeader header;
   detail::NpyDictionary(path, {reinterpret_cast<const char*>(p) + prefix, n}).parse(header);
@@ -264,7 +264,7 @@ class NpyArray {
     std::vector<std::int64_t> out(static_cast<std::size_t>(size()));
     const auto read = [&]<class S>(S) {
       for (std::size_t i = 0; i < out.size(); ++i) {
-        const S x = detail::load_unaligned<S>(data_.data() + i * sizeof(S));
+        const S x = load_unaligned<S>(data_.data() + i * sizeof(S));
         if constexpr (std::is_same_v<S, std::uint64_t>)
           if (x > std::uint64_t(std::numeric_limits<std::int64_t>::max())) fail("holds an integer beyond int64");
         out[i] = std::int64_t(x);

@@ -4,9 +4,11 @@
 
 #include <filesystem>
 #include <map>
+#include <optional>
 #include <set>
 
 #include "lowrank/io/changed_base.hpp"
+#include "lowrank/io/detail/peft_targets.hpp"
 #include "lowrank/io/peft_config.hpp"
 #include "lowrank/io/safetensors.hpp"
 #include "lowrank/io/safetensors_writer.hpp"
@@ -72,13 +74,21 @@ struct PeftParts {
   bool embedding = false;
 };
 
-inline Matrix<float> folded_matrix(const TensorView& t) {
-  Matrix<float> m;
-  const Shape& s = t.shape();
-  const Index rows = s.empty() ? 1 : Index(s[0]);
-  m.resize(rows, rows == 0 ? 0 : t.size() / rows);
-  t.copy_to(m.data());
-  return m;
+/// What a module and the settings of its configuration say against each other; empty when nothing. Reader and writer
+/// ask this, so that what is written can be read.
+inline std::string contradiction(const AdapterModule& m, const PeftConfig& c) {
+  if (c.use_dora != !m.magnitude.empty())
+    return c.use_dora ? "lacks lora_magnitude_vector, but use_dora is set"
+                      : "has lora_magnitude_vector, but use_dora is not set";
+  if (!m.bias.empty() && !c.lora_bias) return "has lora_B.bias, but lora_bias is not set";
+  if (!m.bias.empty() && m.kind == ModuleKind::embedding)
+    return "is an embedding with lora_B.bias, which PEFT does not have";
+  const auto out = std::size_t(m.factors.B.rows());
+  if (!m.magnitude.empty() && m.magnitude.size() != out)
+    return lowrank::detail::text("has lora_magnitude_vector of ", m.magnitude.size(), " elements, expected ", out);
+  if (!m.bias.empty() && m.bias.size() != out)
+    return lowrank::detail::text("has lora_B.bias of ", m.bias.size(), " elements, expected ", out);
+  return {};
 }
 
 inline AdapterModule assemble_module(const std::string& path, const std::string& name, const PeftParts& p,
@@ -102,8 +112,8 @@ inline AdapterModule assemble_module(const std::string& path, const std::string&
     if (m.b_shape[2] != 1 || m.b_shape[3] != 1)
       fail("convolution's lora_B must be 1x1, got " + io::shape_text(m.b_shape));
   }
-  m.factors.A = folded_matrix(*p.a);
-  m.factors.B = folded_matrix(*p.b);
+  m.factors.A = p.a->folded<float>();
+  m.factors.B = p.b->folded<float>();
   m.dtype = p.a->dtype() == Dtype::BF16 || p.a->dtype() == Dtype::F16 ? p.a->dtype() : Dtype::F32;
   if (p.b->dtype() != p.a->dtype()) m.dtype = Dtype::F32;
   const Index r = m.factors.A.rows(), width = m.factors.B.cols();
@@ -123,15 +133,13 @@ inline AdapterModule assemble_module(const std::string& path, const std::string&
     m.magnitude = p.magnitude->to_vector<float>();
     finite(m.magnitude, "lora_magnitude_vector");
   }
-  if (config.use_dora != p.magnitude.has_value())
-    fail(config.use_dora ? "lacks lora_magnitude_vector, but use_dora is set"
-                         : "has lora_magnitude_vector, but use_dora is not set");
   if (p.bias) {
     if (p.bias->size() != m.factors.B.rows())
       fail(lowrank::detail::text("lora_B.bias has ", p.bias->size(), " elements, expected ", m.factors.B.rows()));
     m.bias = p.bias->to_vector<float>();
     finite(m.bias, "lora_B.bias");
   }
+  if (const std::string wrong = contradiction(m, config); !wrong.empty()) fail(wrong);
   return m;
 }
 
@@ -196,8 +204,9 @@ inline std::optional<ChangedBase> find_changed_base(const std::string& directory
 ///
 /// **Throws** IoError naming file and tensor: no adapter there (adapter_model.bin is a pickle and not read); a tensor
 /// whose name or layer kind is not known; a factor without its partner; ranks that differ between A, B and the
-/// configuration; use_dora without magnitudes and the reverse; integer factors; magnitudes or biases that are not
-/// finite; a mark of a changed base that cannot be read.
+/// configuration; use_dora without magnitudes and the reverse; a bias without lora_bias; a module that target_modules,
+/// exclude_modules or layers_to_transform leave out; integer factors; magnitudes or biases that are not finite; a mark
+/// of a changed base that cannot be read.
 /// **Cost** one pass over the file. **Numerics** factors are widened to float exactly (F64 rounds).
 inline PeftAdapter read_peft(const std::string& directory) {
   namespace fs = std::filesystem;
@@ -233,8 +242,7 @@ inline PeftAdapter read_peft(const std::string& directory) {
         take(".lora_magnitude_vector", &P::magnitude) || take(".lora_magnitude_vector.weight", &P::magnitude))
       continue;
     if (prefixed && name.find("lora_") == std::string::npos && detail::may_be_saved(name, adapter.config)) {
-      const Bytes b = view.bytes();
-      adapter.saved.push_back({{name, t.dtype, t.shape}, {b.begin(), b.end()}});
+      adapter.saved.push_back({{name, t.dtype, t.shape}, view.copied_bytes()});
       continue;
     }
     unknown.push_back(t.name);
@@ -249,8 +257,12 @@ inline PeftAdapter read_peft(const std::string& directory) {
   if (parts.empty()) throw IoError(path, "holds no LoRA factors");
   try {
     PeftScaling scaling(adapter.config);
-    for (const auto& [name, p] : parts)
+    const detail::PeftTargets targets(adapter.config);
+    for (const auto& [name, p] : parts) {
       adapter.modules.push_back(detail::assemble_module(path, name, p, scaling, adapter.config));
+      if (const std::string wrong = targets.contradiction(name, adapter.modules.back().kind); !wrong.empty())
+        throw IoError(path, name, "has factors, but " + wrong);
+    }
   } catch (const ArgumentError& e) {
     throw IoError(config_path, e.what());
   }
@@ -312,16 +324,25 @@ inline std::vector<std::string> module_suffixes(const PeftAdapter& adapter) {
 ///
 /// Without adapter_config.json nobody takes the directory for an adapter: it is the key file of the set. The
 /// configuration must describe the modules (describe_modules() makes it so). init_lora_weights is written as true
-/// whatever `config` says: with the factors stored, any other value only makes PEFT change the base once more.
-/// **Throws** IoError as OutputFile; ArgumentError when a module's rank or scale is not what the configuration says
-/// (the adapter would mean something else when read back), or a factor is not finite.
+/// whatever `config` says: with the factors stored, any other value only makes PEFT change the base once more. Without
+/// target_modules, module_suffixes() are written.
+/// What is written, read_peft() reads, and it says the same.
+/// **Throws** IoError as OutputFile; ArgumentError naming module and setting when the two contradict each other: a rank
+/// or a scale that is not what the configuration says, magnitudes without use_dora or the reverse, a bias without
+/// lora_bias, a module that target_modules, exclude_modules or layers_to_transform leave out; no modules, two of the
+/// same name, a saved tensor that the configuration does not explain, shapes that do not go together, values that are
+/// not finite.
 /// **Numerics** factors are rounded to each module's dtype, to nearest even.
 [[nodiscard]] inline StagedFiles stage_peft(const std::string& directory, const PeftAdapter& adapter) {
   namespace fs = std::filesystem;
-  std::error_code failed;
-  fs::create_directories(directory, failed);
-  if (failed) throw IoError(directory, "cannot create the directory: " + failed.message());
-  PeftScaling scaling(adapter.config);
+  PeftConfig config = adapter.config;
+  config.init_lora_weights = "true";
+  if (config.target_modules.empty() && config.target_expression.empty())
+    config.target_modules = module_suffixes(adapter);
+  if (adapter.modules.empty()) throw ArgumentError("write_peft: the adapter has no modules");
+  PeftScaling scaling(config);
+  const detail::PeftTargets targets(config);
+  std::set<std::string> names;
   std::vector<TensorSpec> specs;
   const auto full = [](const std::string& name, const char* suffix) {
     return std::string(detail::peft_prefix) + name + suffix;
@@ -335,6 +356,26 @@ inline std::vector<std::string> module_suffixes(const PeftAdapter& adapter) {
     const auto fail = [&](const std::string& what) {
       throw ArgumentError("write_peft: module '" + m.name + "' " + what);
     };
+    if (m.name.empty() || !names.insert(m.name).second) fail(m.name.empty() ? "has no name" : "is there twice");
+    if (m.kind == ModuleKind::other) fail("is of no kind that PEFT adapts");
+    const bool grouped = m.kind == ModuleKind::conv && f.B.cols() > 0 && f.A.rows() % f.B.cols() == 0;
+    if (f.A.size() == 0 || f.B.size() == 0 || (f.A.rows() != f.B.cols() && !grouped))
+      fail(lowrank::detail::text("has factors that do not go together: A ",
+                                 lowrank::detail::shape_text(f.A.rows(), f.A.cols()), ", B ",
+                                 lowrank::detail::shape_text(f.B.rows(), f.B.cols())));
+    const auto expect_stored_as = [&](const char* what, const Matrix<float>& x, const Shape& shape) {
+      const auto [rows, cols] = folded_extents(shape);
+      if (m.kind == ModuleKind::conv ? shape.size() != 4 || rows != x.rows() || cols != x.cols() : !shape.empty())
+        fail(lowrank::detail::text("has ", what, " ", io::shape_text(shape), ", which is not how a ",
+                                   lowrank::detail::shape_text(x.rows(), x.cols()), " factor of ",
+                                   m.kind == ModuleKind::conv ? "a convolution" : "a matrix", " is stored"));
+    };
+    expect_stored_as("a_shape", f.A, m.a_shape);
+    expect_stored_as("b_shape", f.B, m.b_shape);
+    if (m.kind == ModuleKind::conv && (m.b_shape[2] != 1 || m.b_shape[3] != 1))
+      fail("is a convolution, whose b_shape must end in 1x1");
+    if (std::string wrong = detail::contradiction(m, config); !wrong.empty()) fail(wrong);
+    if (std::string wrong = targets.contradiction(m.name, m.kind); !wrong.empty()) fail(wrong);
     if (f.rank() != scaling.rank(m.name))
       fail(lowrank::detail::text("has rank ", f.rank(), ", the configuration says ", scaling.rank(m.name)));
     const double s = scaling.scale(m.name);
@@ -355,7 +396,15 @@ inline std::vector<std::string> module_suffixes(const PeftAdapter& adapter) {
     if (!m.magnitude.empty()) specs.push_back({full(m.name, ".lora_magnitude_vector"), m.dtype, {m.magnitude.size()}});
     if (!m.bias.empty()) specs.push_back({full(m.name, ".lora_B.bias"), m.dtype, {m.bias.size()}});
   }
-  for (const SavedTensor& t : adapter.saved) specs.push_back({full(t.spec.name, ""), t.spec.dtype, t.spec.shape});
+  for (const SavedTensor& t : adapter.saved) {
+    if (t.spec.name.find("lora_") != std::string::npos || !detail::may_be_saved(t.spec.name, config))
+      throw ArgumentError("write_peft: the saved tensor '" + t.spec.name +
+                          "' is neither of modules_to_save nor a bias that the setting bias means");
+    specs.push_back({full(t.spec.name, ""), t.spec.dtype, t.spec.shape});
+  }
+  std::error_code failed;
+  fs::create_directories(directory, failed);
+  if (failed) throw IoError(directory, "cannot create the directory: " + failed.message());
   auto metadata = adapter.metadata;
   metadata["format"] = "pt";  // PEFT's loader asks for it
   if (const auto& changed = adapter.changed_base) {
@@ -384,8 +433,6 @@ inline std::vector<std::string> module_suffixes(const PeftAdapter& adapter) {
     files.add_text(mark, changed_base_text(*adapter.changed_base));
   else
     files.remove(mark);
-  PeftConfig config = adapter.config;
-  config.init_lora_weights = "true";
   files.add_text((fs::path(directory) / "adapter_config.json").string(), peft_config_text(config), true);
   return files;
 }

@@ -71,7 +71,7 @@ inline Json integral_or_double(double x) {
 /// settings that change what the adapter computes and are not supported (target_parameters, layer_replication,
 /// activated LoRA, trainable_token_indices, use_qalora, arrow_config).
 inline PeftConfig parse_peft_config(const std::string& path, std::string_view text) {
-  const Json json = detail::parse_json(path, text);
+  const Json json = parse_json(path, text);
   if (!json.is_object()) throw IoError(path, "must hold a JSON object");
   const detail::JsonReader in(path, json);
   const std::string type = in.string("peft_type");

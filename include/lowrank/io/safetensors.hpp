@@ -181,6 +181,30 @@ inline void check_layout(const std::string& path, std::vector<TensorInfo>& tenso
 
 }  // namespace detail
 
+namespace detail {
+/// parse_safetensors() of a file of which only the beginning, header included, is at hand.
+inline SafeTensorsHeader parse_safetensors_head(const std::string& path, Bytes head, std::uint64_t file_size,
+                                                std::uint64_t& data_offset) {
+  refuse_lfs_pointer(path, {reinterpret_cast<const char*>(head.data()), std::min<std::size_t>(head.size(), 64)});
+  if (file_size < 8) throw IoError(path, lowrank::detail::text("is too short for safetensors: ", file_size, " bytes"));
+  const auto n = load_unaligned<std::uint64_t>(head.data());
+  if (n > safetensors_header_limit)
+    throw IoError(path, lowrank::detail::text("header length ", n, " exceeds the format's limit of ",
+                                              safetensors_header_limit, " bytes; not a safetensors file?"));
+  if (n > file_size - 8)
+    throw IoError(path, lowrank::detail::text("header length ", n, " reaches beyond the end of the file (", file_size,
+                                              " bytes): truncated, or not safetensors"));
+  const auto* text = reinterpret_cast<const char*>(head.data() + 8);
+  if (n == 0 || text[0] != '{') throw IoError(path, "header must begin with '{'");
+  SafeTensorsHeader header;
+  SafeTensorsHandler handler(path, header);
+  nlohmann::json::sax_parse(text, text + n, &handler, nlohmann::json::input_format_t::json, true);
+  data_offset = 8 + n;
+  check_layout(path, header.tensors, file_size - data_offset);
+  return header;
+}
+}  // namespace detail
+
 /// Parses the bytes of a safetensors file: 8 bytes of header length, the header, the data.
 ///
 /// Refuses, with IoError naming `path` and the tensor: lengths beyond the file or the limit, JSON that is not exactly
@@ -189,23 +213,7 @@ inline void check_layout(const std::string& path, std::vector<TensorInfo>& tenso
 /// **Cost** O(header). `data_offset` receives where the data begins.
 /// **Source** the safetensors format description, huggingface/safetensors README.
 inline SafeTensorsHeader parse_safetensors(const std::string& path, Bytes file, std::uint64_t& data_offset) {
-  if (file.size() < 8)
-    throw IoError(path, lowrank::detail::text("is too short for safetensors: ", file.size(), " bytes"));
-  const auto n = detail::load_unaligned<std::uint64_t>(file.data());
-  if (n > safetensors_header_limit)
-    throw IoError(path, lowrank::detail::text("header length ", n, " exceeds the format's limit of ",
-                                              safetensors_header_limit, " bytes; not a safetensors file?"));
-  if (n > file.size() - 8)
-    throw IoError(path, lowrank::detail::text("header length ", n, " reaches beyond the end of the file (", file.size(),
-                                              " bytes): truncated, or not safetensors"));
-  const auto* text = reinterpret_cast<const char*>(file.data() + 8);
-  if (n == 0 || text[0] != '{') throw IoError(path, "header must begin with '{'");
-  SafeTensorsHeader header;
-  detail::SafeTensorsHandler handler(path, header);
-  nlohmann::json::sax_parse(text, text + n, &handler, nlohmann::json::input_format_t::json, true);
-  data_offset = 8 + n;
-  detail::check_layout(path, header.tensors, file.size() - data_offset);
-  return header;
+  return detail::parse_safetensors_head(path, file, file.size(), data_offset);
 }
 
 /// A safetensors file, open for reading.
@@ -215,7 +223,15 @@ inline SafeTensorsHeader parse_safetensors(const std::string& path, Bytes file, 
 class SafeTensors {
  public:
   explicit SafeTensors(const std::string& path) : file_(path) {
-    header_ = parse_safetensors(path, file_.bytes(), data_offset_);
+    // Read, not touched where it is mapped: a file truncated meanwhile is an error then.
+    std::vector<std::byte> head(std::min<std::size_t>(file_.bytes().size(), 8));
+    file_.read(file_.bytes().first(head.size()), head.data());
+    if (head.size() == 8) {
+      const auto n = load_unaligned<std::uint64_t>(head.data());
+      if (n <= safetensors_header_limit) head.resize(std::size_t(std::min<std::uint64_t>(8 + n, file_.bytes().size())));
+      file_.read(file_.bytes().first(head.size()), head.data());
+    }
+    header_ = detail::parse_safetensors_head(path, head, file_.bytes().size(), data_offset_);
     by_name_.reserve(header_.tensors.size());
     for (const TensorInfo& t : header_.tensors) by_name_.emplace(t.name, &t);
   }

@@ -43,16 +43,28 @@ inline std::string shape_text(std::span<const std::uint64_t> shape) {
   return s + "]";
 }
 
-namespace detail {
-/// Throws IoError naming the tensor when a finite value of it would be infinite in F16.
+/// Throws IoError naming the file and the tensor when a finite value of `m` would be infinite in F16. Call it before
+/// factors are written in that type.
 inline void expect_f16_range(const std::string& path, const std::string& name, const Matrix<float>& m) {
   for (Index i = 0; i < m.size(); ++i)
     if (const float x = m.data()[i]; std::isfinite(x) && !std::isfinite(float(f16(x))))
       throw IoError(path, name, lowrank::detail::text("must be within the range of F16, got ", x, "; store it as F32"));
 }
-}  // namespace detail
+
+/// Rows and columns of a tensor of any order laid out as a matrix: the first extent, and the product of the others. A
+/// convolution's weight [out, in/groups, kh, kw] becomes out×(in/groups·kh·kw), which is how adapter files fold theirs;
+/// a vector becomes one column, a scalar 1×1.
+inline std::pair<Index, Index> folded_extents(const Shape& shape) {
+  std::pair<Index, Index> extents{1, 1};
+  for (std::size_t i = 0; i < shape.size(); ++i)
+    (i == 0 ? extents.first : extents.second) *= Index(std::min(shape[i], std::uint64_t(1) << 62));
+  return extents;
+}
 
 /// A tensor in a file that stays open elsewhere (SafeTensors, Checkpoint, Npy): no bytes of its own.
+///
+/// Everything that copies reads the file, so that one truncated meanwhile is an IoError; only who touches what bytes()
+/// and view() name gets the operating system's signal.
 class TensorView {
  public:
   TensorView(const MappedFile& file, const TensorInfo& info, Bytes bytes) : file_(&file), info_(&info), bytes_(bytes) {}
@@ -97,17 +109,44 @@ class TensorView {
     copy_to(m.data());
     return m;
   }
-  /// All elements as T, in memory order.
+  /// A copy as the matrix of folded_extents(), of T or, where T is what is stored, of any such scalar.
+  ///
+  /// **Throws** IoError naming the tensor for types that are not real numbers.
+  template <class T>
+  [[nodiscard]] Matrix<T> folded() const {
+    Matrix<T> m;
+    const Index first = shape().empty() ? 1 : Index(std::min(shape()[0], std::uint64_t(size())));
+    m.resize(first, first == 0 ? 0 : size() / first);
+    if constexpr (Real<T>)
+      copy_to(m.data());
+    else if (dtype() != dtype_of<T>())
+      fail(lowrank::detail::text("is stored as ", dtype_name(dtype()), ", not ", dtype_name(dtype_of<T>())));
+    else
+      copy_bytes(reinterpret_cast<std::byte*>(m.data()));
+    return m;
+  }
+  /// All elements as T, in memory order; or `count` of them from element `first` on.
   template <Real T>
-  void copy_to(T* out) const {
+  void copy_to(T* out, Index first = 0, Index count = -1) const {
     if (!is_convertible_float(dtype()))
       fail(lowrank::detail::text("is stored as ", dtype_name(dtype()), ", expected a floating-point type"));
     const Index width = Index(dtype_bits(dtype()) / 8);
-    read([&](Bytes piece) {
+    const auto convert = [&](Bytes piece) {
       const Index n = Index(piece.size()) / width;
       convert_from(dtype(), piece.data(), n, out);
       out += n;
-    });
+    };
+    if (count < 0) return read(convert);
+    read(bytes_.subspan(std::size_t(first * width), std::size_t(count * width)), convert);
+  }
+  /// The bytes as they are stored, copied. **Throws** IoError when the file cannot be read, or was truncated.
+  void copy_bytes(std::byte* out) const {
+    if (!bytes_.empty()) file_->read(bytes_, out);
+  }
+  [[nodiscard]] std::vector<std::byte> copied_bytes() const {
+    std::vector<std::byte> bytes(bytes_.size());
+    copy_bytes(bytes.data());
+    return bytes;
   }
   template <Real T>
   [[nodiscard]] std::vector<T> to_vector() const {
@@ -122,14 +161,7 @@ class TensorView {
   /// **Throws** IoError when the file cannot be read; what f throws.
   template <class F>
   void read(F&& f) const {
-    constexpr std::size_t piece = std::size_t(256) << 10;  // a whole number of elements of every type
-    if (bytes_.empty()) return;
-    Buffer<std::byte> buffer(Index(std::min(piece, bytes_.size())));
-    for (std::size_t at = 0; at < bytes_.size(); at += piece) {
-      const Bytes range = bytes_.subspan(at, std::min(piece, bytes_.size() - at));
-      file_->read(range, buffer.data());
-      f(Bytes(buffer.data(), range.size()));
-    }
+    read(bytes_, f);
   }
 
   /// Start reading; map at once; give the pages back. See MappedFile.
@@ -140,6 +172,17 @@ class TensorView {
   [[noreturn]] void fail(const std::string& what) const { throw IoError(file_->path(), name(), what); }
 
  private:
+  template <class F>
+  void read(Bytes bytes, F&& f) const {
+    constexpr std::size_t piece = std::size_t(256) << 10;  // a whole number of elements of every type
+    if (bytes.empty()) return;
+    Buffer<std::byte> buffer(Index(std::min(piece, bytes.size())));
+    for (std::size_t at = 0; at < bytes.size(); at += piece) {
+      const Bytes range = bytes.subspan(at, std::min(piece, bytes.size() - at));
+      file_->read(range, buffer.data());
+      f(Bytes(buffer.data(), range.size()));
+    }
+  }
   [[nodiscard]] Index matrix_extent(std::size_t i) const {
     if (shape().size() != 2) fail(lowrank::detail::text("has shape ", shape_text(shape()), ", expected a matrix"));
     // An empty matrix may claim an extent beyond Index: the other one is zero, so nothing bounds it.

@@ -121,8 +121,7 @@ TrainingCounters load_training_state(const std::string& path, FlatParameters<T>&
   if (steps < 0) throw IoError(path, "adamw.steps", "is missing or negative");
   for (const auto& [prefix, block] : blocks)
     for (const ParameterInfo& p : parameters.table())
-      if (const Bytes b = in[prefix + p.name].bytes(); !b.empty())
-        std::memcpy(block.data() + p.offset, b.data(), b.size());
+      in[prefix + p.name].copy_bytes(reinterpret_cast<std::byte*>(block.data() + p.offset));
   optimizer.set_steps(steps);
   return counters;
 }

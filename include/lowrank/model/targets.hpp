@@ -17,20 +17,25 @@ namespace lowrank {
 
 enum class ModuleKind { linear, embedding, conv, other };
 
+/// What a linear layer is for, where that is known (apply_family() of model/families.hpp); by_name: its name decides.
+enum class ModuleRole { by_name, body, head, router };
+
 /// A module that could carry an adapter: its full dotted name, what it is, its weight's shape (out×in; vocab×dim for an
-/// embedding as files store it).
+/// embedding as files store it; in×out where `in_by_out`).
 struct ModuleInfo {
   std::string name;
   ModuleKind kind = ModuleKind::linear;
   Index rows = 0, cols = 0;
+  ModuleRole role = ModuleRole::by_name;
+  bool in_by_out = false;  ///< stored in×out: GPT-2's Conv1D
 };
 
 /// Which modules to adapt.
 struct TargetOptions {
   /// One of
   /// - a preset: "attention", "mlp", "all-linear" (every linear layer but the output head), "all" (every linear layer,
-  /// the
-  ///   head, and the embedding);
+  ///   the head, and the embedding); a router, where the family says that it is one, only a name or an expression
+  ///   means;
   /// - names separated by commas, "q_proj,v_proj": a module is meant when its name equals one or ends with "." + name;
   /// - one regular expression matched against the whole name. Taken as one when it holds a character of \^$*+?()[]{}|.
   std::string targets = "all-linear";
@@ -216,10 +221,10 @@ inline TargetSelection select_targets(std::span<const ModuleInfo> modules, const
   const auto means = [&](const ModuleInfo& m) {
     if (!preset) return (*wanted)(m.name);
     if (m.kind == ModuleKind::embedding) return t == "all";
-    if (m.kind != ModuleKind::linear) return false;
+    if (m.kind != ModuleKind::linear || m.role == ModuleRole::router) return false;
     if (t == "attention") return detail::is_attention(m.name);
     if (t == "mlp") return detail::is_mlp(m.name);
-    return t == "all" || !detail::is_head(m.name);
+    return t == "all" || !(m.role == ModuleRole::by_name ? detail::is_head(m.name) : m.role == ModuleRole::head);
   };
 
   std::vector<bool> layer_seen(options.layers_to_transform.size());

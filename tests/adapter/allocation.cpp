@@ -27,11 +27,12 @@ void* count(std::size_t n, std::size_t alignment) {
 void* operator new(std::size_t n) { return count(n, alignof(std::max_align_t)); }
 void* operator new(std::size_t n, const std::nothrow_t&) noexcept { return count(n, alignof(std::max_align_t)); }
 void* operator new(std::size_t n, std::align_val_t a) { return count(n, std::size_t(a)); }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete(void* p, const std::nothrow_t&) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+// Inlined beside an operator new that is not, GCC sees free() of what new returned and warns.
+[[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p, const std::nothrow_t&) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
 
 using namespace lowrank;
 using test::random_matrix;

@@ -45,7 +45,7 @@ TEST_CASE_TEMPLATE("cat is the weighted sum, exactly; svd is its best approximat
   CHECK(cat.sum_norm == doctest::Approx(test::norm(sum)).epsilon(1e-6));
   CHECK(cat.distance < 30 * eps * test::norm(sum));
 
-  const auto oracle = lowrank_test::oracle_singular_values(sum);
+  const auto oracle = test::oracle_singular_values(sum);
   for (const Index r : {1, 4, 8}) {
     CAPTURE(r);
     const auto cut = combine_svd(list, r);
@@ -161,7 +161,7 @@ TEST_CASE("sparse combinations of updates, against the rule written out and Eige
       const auto got = combine_sparse(list, o);
       const Matrix<double> merged = naive_sparse({test::update(a), test::update(b), test::update(c)}, {0.7, 0.4, 1}, o);
       CHECK(got.merged_norm == doctest::Approx(test::norm(merged)).epsilon(1e-12));
-      const double best = tail(lowrank_test::oracle_singular_values(merged), 6);
+      const double best = tail(test::oracle_singular_values(merged), 6);
       const double measured = test::norm(test::plus(test::update(got.factors), merged, -1));
       CHECK(got.truncation_error == doctest::Approx(measured).epsilon(1e-6));
       CHECK(measured * measured < best * best + 2e-5 * got.merged_norm * got.merged_norm);

@@ -95,7 +95,7 @@ TEST_CASE_TEMPLATE("corda: the triplets of W·C, against Eigen and an explicit i
       const Matrix<T> damped = covariance.damped(0.01);
       const Matrix<double> C(damped);
       const Matrix<double> WC = multiply<double>(Matrix<double>(W).view(), C.view());
-      const auto d = lowrank_test::oracle_svd(WC);
+      const auto d = test::oracle_svd(WC);
       const Index first = mode == CordaMode::instruction ? 0 : k - r;
       const Matrix<double> CinvV = solve(C, test::columns(d.V, first, r));
       Matrix<double> expected(m, n);
@@ -158,7 +158,7 @@ TEST_CASE_TEMPLATE("streaming activation SVD: with room for all directions it is
         for (Index i = 0; i < 90; ++i) mean += all(i, j) / 90;
         for (Index i = 0; i < 90; ++i) all(i, j) -= mean;
       }
-    const auto d = lowrank_test::oracle_svd(all);
+    const auto d = test::oracle_svd(all);
     REQUIRE(stream.singular_values().size() == 10);
     const auto explained = stream.explained();
     const double total = std::pow(test::norm(all), 2);
@@ -186,7 +186,7 @@ TEST_CASE("streaming activation SVD: truncated, it captures nearly what the whol
     for (Index i = 0; i < 50; ++i)
       for (Index j = 0; j < in; ++j) all(50 * b + i, j) = double(X(i, j));
   }
-  const auto d = lowrank_test::oracle_svd(all);
+  const auto d = test::oracle_svd(all);
   double best = 0, found = 0;
   for (Index i = 0; i < k; ++i) {
     best += d.S[std::size_t(i)] * d.S[std::size_t(i)];

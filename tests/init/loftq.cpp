@@ -15,7 +15,7 @@
 #include "support/oracle.hpp"
 
 using namespace lowrank;
-using lowrank_test::frobenius;
+using test::frobenius;
 
 namespace {
 
@@ -49,7 +49,7 @@ Matrix<double> error_of(const W& weight, const QuantisedMatrix<T>& q, const Lora
 
 /// ‖R − R_r‖_F, the least error any factors of rank r leave, from Eigen's singular values.
 double best_possible(const Matrix<double>& R, Index r) {
-  const auto sigma = lowrank_test::oracle_singular_values(R);
+  const auto sigma = test::oracle_singular_values(R);
   double sum = 0;
   for (std::size_t i = std::size_t(r); i < sigma.size(); ++i) sum += sigma[i] * sigma[i];
   return std::sqrt(sum);
@@ -94,7 +94,7 @@ TEST_CASE_TEMPLATE("the reported errors are those of what is returned, and below
         CHECK(std::abs(report.result().frobenius - norm) <= 1e-5 * norm + slack);
         CHECK(norm <= report.plain.frobenius + slack);
         for (const auto& s : report.steps) CHECK(report.result().frobenius <= s.frobenius);
-        const auto sigma = lowrank_test::oracle_singular_values(E);
+        const auto sigma = test::oracle_singular_values(E);
         double nuclear = 0;
         for (const double s : sigma) nuclear += s;
         CHECK(report.result().nuclear == doctest::Approx(nuclear).epsilon(1e-3));

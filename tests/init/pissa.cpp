@@ -37,7 +37,7 @@ TEST_CASE_TEMPLATE("pissa: the factors are the principal triplets, base + s·B·
     CHECK(test::split_error(init, W) < 8 * eps);
 
     // The oracle's truncation, and the norms the report claims.
-    const auto d = lowrank_test::oracle_svd(W);
+    const auto d = test::oracle_svd(W);
     Matrix<double> best(m, n);
     double captured = 0, total = 0;
     for (std::size_t k = 0; k < d.S.size(); ++k) total += d.S[k] * d.S[k];
@@ -202,7 +202,7 @@ TEST_CASE("minor_svd: true triplets that are not the smallest are no certificate
 
 TEST_CASE("minor_svd: random, nearly singular and singular matrices") {
   const Matrix<double> W = test::random_matrix<double>(270, 270, 21);
-  const auto all = lowrank_test::oracle_singular_values(W);
+  const auto all = test::oracle_singular_values(W);
   const auto d = minor_svd(W, 6);
   CHECK_FALSE(d.full);
   for (std::size_t i = 0; i < 6; ++i) CHECK(std::abs(d.S[i] - all[264 + i]) < 1e-12 * all[0]);

@@ -9,7 +9,7 @@
 #include "support/decomposition_checks.hpp"
 
 using namespace lowrank;
-using lowrank_test::frobenius;
+using test::frobenius;
 
 namespace {
 

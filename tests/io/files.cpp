@@ -10,7 +10,7 @@
 
 using namespace lowrank;
 using namespace lowrank::io;
-using namespace lowrank::test;
+using namespace test;
 namespace fs = std::filesystem;
 
 namespace {

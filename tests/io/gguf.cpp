@@ -8,7 +8,7 @@
 
 using namespace lowrank;
 using namespace lowrank::io;
-using namespace lowrank::test;
+using namespace test;
 
 namespace {
 GgufHeader parsed_gguf(const std::string& s) { return parse_gguf("a.gguf", bytes_of(s)); }

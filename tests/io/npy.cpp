@@ -7,7 +7,7 @@
 
 using namespace lowrank;
 using namespace lowrank::io;
-using namespace lowrank::test;
+using namespace test;
 
 namespace {
 std::string npy(const std::string& dict, const std::string& data, int major = 1) {

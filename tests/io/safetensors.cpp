@@ -9,7 +9,7 @@
 
 using namespace lowrank;
 using namespace lowrank::io;
-using namespace lowrank::test;
+using namespace test;
 
 namespace {
 SafeTensorsHeader parsed_safetensors(const std::string& bytes) {

@@ -7,7 +7,7 @@
 
 using namespace lowrank;
 using namespace lowrank::io;
-using namespace lowrank::test;
+using namespace test;
 
 namespace {
 /// Two blocks of parameters that follow a noisy gradient, every number a function of (seed, step).

@@ -4,17 +4,20 @@
 
 #include <doctest/doctest.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <initializer_list>
+#include <span>
 #include <sstream>
 #include <string>
 
-#include "lowrank/core/matrix.hpp"
-#include "lowrank/core/rng.hpp"
 #include "lowrank/io/file.hpp"
+#include "support/compare.hpp"
 #include "support/temp_dir.hpp"
 
-namespace lowrank::test {
+namespace test {
 
 inline void put(const std::string& path, const std::string& bytes) {
   std::filesystem::create_directories(std::filesystem::path(path).parent_path());
@@ -32,7 +35,7 @@ inline std::size_t files_in(const std::string& directory) {
   return n;
 }
 
-inline io::Bytes bytes_of(const std::string& s) { return std::as_bytes(std::span(s.data(), s.size())); }
+inline lowrank::io::Bytes bytes_of(const std::string& s) { return std::as_bytes(std::span(s.data(), s.size())); }
 
 /// `size` as eight little-endian bytes, then the text: the front of a safetensors file.
 inline std::string with_length(const std::string& header, std::uint64_t size) {
@@ -43,7 +46,7 @@ inline std::string safetensors_bytes(const std::string& header, const std::strin
 }
 
 /// f() must throw an E whose message holds every one of the given parts.
-template <class E = IoError, class F>
+template <class E = lowrank::IoError, class F>
 void check_error(F&& f, std::initializer_list<const char*> parts) {
   try {
     f();
@@ -58,17 +61,4 @@ void check_error(F&& f, std::initializer_list<const char*> parts) {
   FAIL("nothing was thrown");
 }
 
-template <class T = float>
-Matrix<T> random_matrix(Index m, Index n, std::uint64_t seed, double scale = 1) {
-  Matrix<T> x(m, n);
-  CounterRng(seed).fill_normal(x.view(), 0, scale);
-  return x;
-}
-
-template <class T>
-bool same_bits(const Matrix<T>& a, const Matrix<T>& b) {
-  return a.rows() == b.rows() && a.cols() == b.cols() &&
-         (a.empty() || std::memcmp(a.data(), b.data(), std::size_t(a.size()) * sizeof(T)) == 0);
-}
-
-}  // namespace lowrank::test
+}  // namespace test

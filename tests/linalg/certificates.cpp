@@ -12,7 +12,7 @@
 #include "support/oracle.hpp"
 
 using namespace lowrank;
-using namespace lowrank_test;
+using namespace test;
 
 namespace {
 
@@ -21,7 +21,7 @@ template <class T>
 Matrix<T> specimen(std::uint64_t i) {
   const CounterRng rng(i, 77);
   const Index m = 1 + Index(rng.below(0, 24)), n = 1 + Index(rng.below(1, 24));
-  Matrix<T> A = gaussian<T>(m, n, i);
+  Matrix<T> A = random_matrix<T>(m, n, i);
   switch (rng.below(2, 4)) {
     case 1:  // decaying columns
       for (Index r = 0; r < m; ++r)
@@ -29,7 +29,7 @@ Matrix<T> specimen(std::uint64_t i) {
       break;
     case 2: {  // rank at most 3
       const Index k = std::min<Index>(3, std::min(m, n));
-      A = round_to<T>(product(gaussian<T>(m, k, i), gaussian<T>(k, n, i + 1)));
+      A = round_to<T>(product(random_matrix<T>(m, k, i), random_matrix<T>(k, n, i + 1)));
       break;
     }
     case 3:  // graded rows
@@ -50,7 +50,7 @@ Svd<T> approximation(const Matrix<T>& A, std::uint64_t i) {
   Svd<T> a = truncated_svd(A, k);
   if (rng.below(1, 3) == 0)
     for (T& s : a.S) s *= T(0.5 + rng.uniform(2));
-  if (rng.below(3, 5) == 0) a.U = gaussian<T>(A.rows(), k, i + 5);  // not even orthonormal
+  if (rng.below(3, 5) == 0) a.U = random_matrix<T>(A.rows(), k, i + 5);  // not even orthonormal
   return a;
 }
 
@@ -154,7 +154,7 @@ TEST_CASE_TEMPLATE("the certificates hold for every kind of operator, and for an
     judge(column_scaled(row_scaled(dense, std::span<const T>(d)), std::span<const T>(e)), scaled, frobenius(scaled));
 
     // s·B·A and W + s·B·A; in every third W cancels s·B·A but for its rounding, in the next but for a hundredth.
-    LoraFactors<T> f{gaussian<T>(r, n, i + 7), gaussian<T>(m, r, i + 8), T(0.7)};
+    LoraFactors<T> f{random_matrix<T>(r, n, i + 7), random_matrix<T>(m, r, i + 8), T(0.7)};
     if (r > 1 && i % 5 == 0)  // two columns that cancel
       for (Index a = 0; a < m; ++a) f.B(a, 1) = -f.B(a, 0);
     if (r > 1 && i % 5 == 0)
@@ -186,7 +186,7 @@ TEST_CASE_TEMPLATE("the certificates hold for every kind of operator, and for an
 TEST_CASE_TEMPLATE("factors of any size are no trouble to the spectral bound", T, float, double) {
   // A = B·Aᵀ exactly as the approximation has it, S = 1: what is left is rounding, of products 1e6 times those of S.
   for (std::uint64_t i = 0; i < 100; ++i) {
-    Svd<T> a{gaussian<T>(40, 5, i), std::vector<T>(5, T(1)), gaussian<T>(30, 5, i + 1)};
+    Svd<T> a{random_matrix<T>(40, 5, i), std::vector<T>(5, T(1)), random_matrix<T>(30, 5, i + 1)};
     for (Index j = 0; j < a.U.size(); ++j) a.U.data()[j] *= T(1e6);
     const Matrix<T> A = round_to<T>(product(a.U, transpose(a.V)));
     const double exact = oracle_singular_values(error_of(A, a))[0];
@@ -198,7 +198,7 @@ TEST_CASE_TEMPLATE("factors of any size are no trouble to the spectral bound", T
 }
 
 TEST_CASE("more powers bring the spectral bounds together") {
-  const Matrix<double> A = gaussian<double>(60, 50, 3);
+  const Matrix<double> A = random_matrix<double>(60, 50, 3);
   const Svd<double> nothing{Matrix<double>(60, 0), {}, Matrix<double>(50, 0)};
   const auto op = dense_operator<double, double>(A.view());
   const double norm = oracle_singular_values(A)[0];
@@ -232,7 +232,7 @@ TEST_CASE("the failure probability is kept when it is large enough to be seen") 
 }
 
 TEST_CASE("the Frobenius identity of a converged truncated SVD") {
-  const Matrix<float> A = gaussian<float>(200, 150, 2);
+  const Matrix<float> A = random_matrix<float>(200, 150, 2);
   const auto r = truncated_svd(A, 10, {.energy_tolerance = 0, .residual_tolerance = 1e-6});
   const NormBounds f = frobenius_error(dense_operator<float, float>(A.view()), static_cast<const Svd<float>&>(r));
   const double identity = std::sqrt(r.total_energy - r.captured_energy);
@@ -250,7 +250,7 @@ TEST_CASE("the leave-one-out estimate is unbiased") {
   const int draws = 3000;
   double mean_estimate = 0, mean_error = 0, square_difference = 0;
   for (int i = 0; i < draws; ++i) {
-    const Matrix<double> Y = product(A, gaussian<double>(n, s, std::uint64_t(1000 + i)));
+    const Matrix<double> Y = product(A, random_matrix<double>(n, s, std::uint64_t(1000 + i)));
     const double estimate = std::pow(leave_one_out_error<double>(Y.view()), 2);
     Matrix<double> Q(Y.view().middle_cols(0, s - 1));
     orthonormalise(Q.view());
@@ -261,7 +261,8 @@ TEST_CASE("the leave-one-out estimate is unbiased") {
   }
   // Difference of the means within five standard errors of it.
   CHECK(std::abs(mean_estimate - mean_error) < 5 * std::sqrt(square_difference / draws));
-  CHECK(leave_one_out_error<double>(product(gaussian<double>(20, 2, 1), gaussian<double>(2, 5, 2)).view()) < 1e-12);
+  CHECK(leave_one_out_error<double>(product(random_matrix<double>(20, 2, 1), random_matrix<double>(2, 5, 2)).view()) <
+        1e-12);
   CHECK_THROWS_AS(leave_one_out_error<double>(Matrix<double>(5, 1).view()), ArgumentError);
   CHECK_THROWS_AS(leave_one_out_error<double>(Matrix<double>(5, 6).view()), ArgumentError);
 }
@@ -301,7 +302,7 @@ TEST_CASE_TEMPLATE("residuals and values of truncated_svd bound true singular va
   }
   // Converged to the floor of T, elements all of one sign among them: their rounding errors agree.
   for (std::uint64_t i = 0; i < 30; ++i) {
-    Matrix<T> A = gaussian<T>(200, 160, i);
+    Matrix<T> A = random_matrix<T>(200, 160, i);
     for (Index r = 0; r < 200; ++r)
       for (Index c = 0; c < 160; ++c) {
         if (i % 3 == 0) A(r, c) *= T(std::pow(0.9, double(c)));
@@ -314,7 +315,7 @@ TEST_CASE_TEMPLATE("residuals and values of truncated_svd bound true singular va
     const CounterRng rng(std::uint64_t(i), 79);
     // Larger than the whole-space limit, so that the iteration itself is judged, and stopped early.
     const Index m = 60 + Index(rng.below(0, 30)), n = 60 + Index(rng.below(1, 30)), k = 1 + Index(rng.below(2, 6));
-    Matrix<T> A = gaussian<T>(m, n, std::uint64_t(i));
+    Matrix<T> A = random_matrix<T>(m, n, std::uint64_t(i));
     if (i % 2 == 1)
       for (Index r = 0; r < m; ++r)
         for (Index c = 0; c < n; ++c) A(r, c) *= T(1 / double(c + 1));
@@ -329,7 +330,7 @@ TEST_CASE_TEMPLATE("residuals and values of truncated_svd bound true singular va
 }
 
 TEST_CASE("certificates refuse bad input") {
-  const Matrix<float> A = gaussian<float>(20, 10, 1);
+  const Matrix<float> A = random_matrix<float>(20, 10, 1);
   const auto op = dense_operator<float, float>(A.view());
   Svd<float> a = truncated_svd(A, 2);
   CHECK_THROWS_AS(spectral_error(op, a, {.failure_probability = 0}), ArgumentError);

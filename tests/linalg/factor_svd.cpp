@@ -11,13 +11,13 @@
 #include "support/oracle.hpp"
 
 using namespace lowrank;
-using namespace lowrank_test;
+using namespace test;
 
 namespace {
 
 template <class T>
 LoraFactors<T> factors(Index m, Index n, Index r, double scale, std::uint64_t seed) {
-  return {gaussian<T>(r, n, seed), gaussian<T>(m, r, seed + 1), T(scale)};
+  return {random_matrix<T>(r, n, seed), random_matrix<T>(m, r, seed + 1), T(scale)};
 }
 
 /// Σ s·B·A in double, entry by entry.

@@ -11,7 +11,7 @@
 #include "support/decomposition_checks.hpp"
 
 using namespace lowrank;
-using namespace lowrank_test;
+using namespace test;
 
 namespace {
 
@@ -38,11 +38,11 @@ void check_qr(const Matrix<T>& A) {
 TEST_CASE_TEMPLATE("thin_qr factors matrices of every shape", T, float, double) {
   const Index shapes[][2] = {{1, 1},  {1, 7},   {7, 1},    {0, 4},    {4, 0},     {8, 8},    {9, 8},
                              {16, 9}, {33, 17}, {200, 40}, {40, 200}, {1500, 33}, {100, 100}};
-  for (const auto& s : shapes) check_qr(gaussian<T>(s[0], s[1], std::uint64_t(s[0] * 1000 + s[1])));
+  for (const auto& s : shapes) check_qr(random_matrix<T>(s[0], s[1], std::uint64_t(s[0] * 1000 + s[1])));
 }
 
 TEST_CASE_TEMPLATE("thin_qr does not care about rank", T, float, double) {
-  Matrix<T> A = gaussian<T>(60, 24, 1);
+  Matrix<T> A = random_matrix<T>(60, 24, 1);
   for (Index i = 0; i < 60; ++i) {
     A(i, 0) = 0;        // a zero column first
     A(i, 5) = A(i, 4);  // repeated columns, within a panel and across panels
@@ -50,13 +50,13 @@ TEST_CASE_TEMPLATE("thin_qr does not care about rank", T, float, double) {
   }
   check_qr(A);
   check_qr(Matrix<T>(30, 12));  // nothing but zeros
-  const Matrix<T> rank_one = round_to<T>(product(gaussian<T>(50, 1, 2), gaussian<T>(1, 20, 3)));
+  const Matrix<T> rank_one = round_to<T>(product(random_matrix<T>(50, 1, 2), random_matrix<T>(1, 20, 3)));
   check_qr(rank_one);
 }
 
 TEST_CASE_TEMPLATE("thin_qr keeps orthogonality over badly scaled columns", T, float, double) {
   const double small = std::same_as<T, float> ? 1e-30 : 1e-290;
-  Matrix<T> A = gaussian<T>(40, 10, 4);
+  Matrix<T> A = random_matrix<T>(40, 10, 4);
   for (Index i = 0; i < 40; ++i)
     for (Index j = 0; j < 10; j += 2) A(i, j) = T(double(A(i, j)) * small);
   check_qr(A);
@@ -67,7 +67,7 @@ TEST_CASE_TEMPLATE("thin_qr keeps orthogonality over badly scaled columns", T, f
 }
 
 TEST_CASE_TEMPLATE("thin_qr_in_place agrees with thin_qr for any order", T, float, double) {
-  const Matrix<T> A = gaussian<T>(70, 19, 5);
+  const Matrix<T> A = random_matrix<T>(70, 19, 5);
   const Qr<T> f = thin_qr<T>(A.view());
   Matrix<T> row = A, storage(19, 70), R(19, 19), R2(19, 19);
   thin_qr_in_place(row.view(), R.view());

@@ -11,7 +11,7 @@
 #include "support/oracle.hpp"
 
 using namespace lowrank;
-using namespace lowrank_test;
+using namespace test;
 
 namespace {
 
@@ -46,14 +46,14 @@ Matrix<float> decaying(Index m, Index n, std::uint64_t seed) {
 TEST_CASE_TEMPLATE("singular values of every shape against Eigen in double", T, float, double) {
   const Index shapes[][2] = {{1, 1},     {1, 9},     {9, 1},     {2, 2},     {40, 17},   {17, 40},   {127, 127},
                              {128, 128}, {129, 300}, {300, 140}, {257, 257}, {290, 280}, {1000, 130}};
-  for (const auto& s : shapes) check_values(gaussian<T>(s[0], s[1], std::uint64_t(s[0] + 7 * s[1])));
+  for (const auto& s : shapes) check_values(random_matrix<T>(s[0], s[1], std::uint64_t(s[0] + 7 * s[1])));
 }
 
 TEST_CASE("error bounds hold on thousands of small matrices and hundreds through the Gram matrix") {
   for (std::uint64_t seed = 0; seed < 2500; ++seed) {
     const CounterRng rng(seed, 1);
     const Index m = Index(1 + rng.below(0, 24)), n = Index(1 + rng.below(1, 24));
-    Matrix<double> A = gaussian<double>(m, n, seed);
+    Matrix<double> A = random_matrix<double>(m, n, seed);
     if (seed % 3 == 1)  // strongly graded rows
       for (Index i = 0; i < m; ++i)
         for (Index j = 0; j < n; ++j) A(i, j) *= std::pow(10.0, -double(rng.below(std::uint64_t(2 + i), 12)));
@@ -114,7 +114,7 @@ TEST_CASE("rank deficient, zero and empty matrices") {
   check_values(Matrix<double>(5, 3));
   check_values(Matrix<float>(0, 4));
   check_values(Matrix<float>(4, 0));
-  const auto low_rank = product(gaussian<double>(200, 3, 1), gaussian<double>(3, 150, 2));
+  const auto low_rank = product(random_matrix<double>(200, 3, 1), random_matrix<double>(3, 150, 2));
   check_values(low_rank);
   const SingularValues s = singular_values(low_rank);
   CHECK(s.values[2] > 1);
@@ -126,7 +126,7 @@ TEST_CASE_TEMPLATE("scaling: 1e±30, the ends of the range and denormals", T, fl
   for (const double size : sizes)
     for (const Index n : {6, 140}) {
       CAPTURE(size);
-      Matrix<T> A = gaussian<T>(n + 3, n, 5);
+      Matrix<T> A = random_matrix<T>(n + 3, n, 5);
       Matrix<double> unit(n + 3, n);
       for (Index i = 0; i < A.rows(); ++i)
         for (Index j = 0; j < n; ++j) {
@@ -177,7 +177,7 @@ TEST_CASE("the same bits for any number of threads, and every time") {
 }
 
 TEST_CASE("what is not finite is refused by name, and so are senseless options") {
-  Matrix<float> W = gaussian<float>(150, 140, 1);
+  Matrix<float> W = random_matrix<float>(150, 140, 1);
   W(7, 139) = NAN;
   W(100, 3) = INFINITY;
   CHECK_THROWS_WITH_AS(singular_values(W), "singular_values: W must be finite, got nan at (7, 139)", NonFiniteError);

@@ -10,7 +10,7 @@
 #include "support/oracle.hpp"
 
 using namespace lowrank;
-using namespace lowrank_test;
+using namespace test;
 
 namespace {
 
@@ -47,7 +47,7 @@ void check(const M& A) {
 TEST_CASE_TEMPLATE("svd of every shape", T, float, double) {
   const Index shapes[][2] = {{1, 1},   {1, 8},   {8, 1},    {0, 5},    {5, 0},   {2, 3},    {20, 20},
                              {64, 64}, {65, 65}, {66, 120}, {120, 66}, {90, 80}, {150, 150}};
-  for (const auto& s : shapes) check(gaussian<T>(s[0], s[1], std::uint64_t(s[0] + 100 * s[1])));
+  for (const auto& s : shapes) check(random_matrix<T>(s[0], s[1], std::uint64_t(s[0] + 100 * s[1])));
 }
 
 TEST_CASE_TEMPLATE("svd of matrices that are hard", T, float, double) {
@@ -55,7 +55,7 @@ TEST_CASE_TEMPLATE("svd of matrices that are hard", T, float, double) {
   check(round_to<T>(hilbert(80)));
   check(round_to<T>(kahan(90)));
   check(Matrix<T>(70, 70));  // zero
-  const auto low = product(gaussian<double>(100, 4, 1), gaussian<double>(4, 70, 2));
+  const auto low = product(random_matrix<double>(100, 4, 1), random_matrix<double>(4, 70, 2));
   check(round_to<T>(low));  // rank 4
   std::vector<double> repeated(75, 1.0);
   for (int i = 0; i < 25; ++i) repeated[std::size_t(i)] = 3;
@@ -91,7 +91,7 @@ TEST_CASE_TEMPLATE("svd scales: 1e±30, the ends of the range and denormals", T,
   for (const double size : sizes)
     for (const Index n : {5, 80}) {
       CAPTURE(size);
-      Matrix<T> A = gaussian<T>(n, n, 5);
+      Matrix<T> A = random_matrix<T>(n, n, 5);
       Matrix<double> unit(n, n);
       for (Index i = 0; i < n; ++i)
         for (Index j = 0; j < n; ++j) {
@@ -112,7 +112,7 @@ TEST_CASE_TEMPLATE("svd scales: 1e±30, the ends of the range and denormals", T,
 }
 
 TEST_CASE("svd of views, orders and two-byte storage") {
-  const Matrix<float> A = gaussian<float>(90, 70, 3);
+  const Matrix<float> A = random_matrix<float>(90, 70, 3);
   const Matrix<float> storage = transpose(A);
   check_svd(A, svd(storage.view().transposed()));
   check_svd(storage, svd(A.view().transposed()));
@@ -129,7 +129,7 @@ TEST_CASE("small_svd agrees with svd and takes anything small") {
   for (std::uint64_t seed = 0; seed < 300; ++seed) {
     const CounterRng rng(seed, 2);
     const Index m = Index(1 + rng.below(0, 12)), n = Index(1 + rng.below(1, 12));
-    Matrix<double> A = gaussian<double>(m, n, seed);
+    Matrix<double> A = random_matrix<double>(m, n, seed);
     for (Index i = 0; i < m; ++i)
       for (Index j = 0; j < n; ++j)
         if (rng.below(std::uint64_t(10 + i * n + j), 3) == 0) A(i, j) = 0;
@@ -158,7 +158,7 @@ TEST_CASE("bidiagonal QR keeps relative accuracy of graded bidiagonal matrices")
 }
 
 TEST_CASE("svd is deterministic") {
-  const Matrix<float> A = gaussian<float>(100, 90, 7);
+  const Matrix<float> A = random_matrix<float>(100, 90, 7);
   const auto a = svd(A), b = svd(A);
   CHECK(a.S == b.S);
   CHECK(max_difference(Matrix<double>(a.U), Matrix<double>(b.U)) == 0);
@@ -167,7 +167,7 @@ TEST_CASE("svd is deterministic") {
 
 TEST_CASE("svd refuses what is not finite before it starts") {
   for (const Index n : {4, 100}) {
-    Matrix<double> A = gaussian<double>(n, n, 1);
+    Matrix<double> A = random_matrix<double>(n, n, 1);
     A(2, 3) = INFINITY;
     CHECK_THROWS_WITH_AS(svd(A), "svd: W must be finite, got inf at (2, 3)", NonFiniteError);
     CHECK_THROWS_WITH_AS(svd(A.view().transposed()), "svd: W must be finite, got inf at (3, 2)", NonFiniteError);

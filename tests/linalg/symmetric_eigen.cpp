@@ -11,12 +11,12 @@
 #include "support/oracle.hpp"
 
 using namespace lowrank;
-using namespace lowrank_test;
+using namespace test;
 
 namespace {
 
 Matrix<double> symmetric(Index n, std::uint64_t seed) {
-  Matrix<double> A = gaussian<double>(n, n, seed);
+  Matrix<double> A = random_matrix<double>(n, n, seed);
   for (Index i = 0; i < n; ++i)
     for (Index j = 0; j < i; ++j) A(i, j) = A(j, i);
   return A;

@@ -12,7 +12,7 @@
 #include "support/oracle.hpp"
 
 using namespace lowrank;
-using namespace lowrank_test;
+using namespace test;
 
 namespace {
 
@@ -48,7 +48,7 @@ void check_operator(const Op& op, const Matrix<double>& A) {
   for (const Index k : {1, 2, 3, 4, 7, 16, 19, 70})
     for (const Order order : {Order::row_major, Order::col_major}) {
       CAPTURE(k);
-      const Matrix<T> X = gaussian<T>(n, k, 1), G = gaussian<T>(m, k, 2);
+      const Matrix<T> X = random_matrix<T>(n, k, 1), G = random_matrix<T>(m, k, 2);
       const Stored<T> x(X, order), g(G, order);
       Stored<T> y(Matrix<T>(m, k), order, 1), z(Matrix<T>(n, k), order, 2);
       const auto out = [&](Stored<T>& s) {
@@ -106,7 +106,7 @@ TEST_CASE_TEMPLATE("dense operators", T, float, double) {
     for (const Order order : {Order::row_major, Order::col_major}) {
       CAPTURE_BOUND(m);
       CAPTURE_BOUND(n);
-      const Matrix<T> A = gaussian<T>(m, n, 5);
+      const Matrix<T> A = random_matrix<T>(m, n, 5);
       const Stored<T> s(A, order);
       check_operator<T>(dense_operator<T, T>(s.view), Matrix<double>(A));
     }
@@ -114,7 +114,7 @@ TEST_CASE_TEMPLATE("dense operators", T, float, double) {
 
 TEST_CASE_TEMPLATE("two-byte storage is the widened matrix", S, bf16, f16) {
   for (const Order order : {Order::row_major, Order::col_major}) {
-    const Stored<S> s(gaussian<float>(190, 170, 5), order);
+    const Stored<S> s(random_matrix<float>(190, 170, 5), order);
     const Matrix<double> A(s.view);
     check_operator<float>(dense_operator<float, S>(s.view), A);
     const auto r = truncated_svd(s.view, 6, precise);
@@ -124,7 +124,7 @@ TEST_CASE_TEMPLATE("two-byte storage is the widened matrix", S, bf16, f16) {
 }
 
 TEST_CASE("differences of checkpoints, storages and orders mixed") {
-  const Matrix<float> base = gaussian<float>(180, 160, 1), step = gaussian<float>(180, 160, 2);
+  const Matrix<float> base = random_matrix<float>(180, 160, 1), step = random_matrix<float>(180, 160, 2);
   Matrix<float> tuned = base;
   for (Index i = 0; i < tuned.size(); ++i) tuned.data()[i] += 0.05F * step.data()[i];
   const auto difference = [](const auto& a, const auto& b) {
@@ -149,7 +149,7 @@ TEST_CASE("differences of checkpoints, storages and orders mixed") {
 }
 
 TEST_CASE_TEMPLATE("scaled rows and columns, nested", T, float, double) {
-  const Matrix<T> A = gaussian<T>(150, 140, 1);
+  const Matrix<T> A = random_matrix<T>(150, 140, 1);
   std::vector<T> rows(150), cols(140);
   for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = T(0.5 + double(i % 7));
   for (std::size_t i = 0; i < cols.size(); ++i) cols[i] = T(1.0 / double(1 + i % 5) - 0.3);
@@ -176,8 +176,8 @@ TEST_CASE_TEMPLATE("scaled rows and columns, nested", T, float, double) {
 
 TEST_CASE_TEMPLATE("products and updated weights", T, float, double) {
   const Index m = 170, n = 150, r = 9;
-  LoraFactors<T> f{gaussian<T>(r, n, 3), gaussian<T>(m, r, 4), T(-0.7)};
-  const Matrix<T> W = gaussian<T>(m, n, 5);
+  LoraFactors<T> f{random_matrix<T>(r, n, 3), random_matrix<T>(m, r, 4), T(-0.7)};
+  const Matrix<T> W = random_matrix<T>(m, n, 5);
   Matrix<double> update = product(f.B, f.A), sum(W);
   for (Index i = 0; i < m; ++i)
     for (Index j = 0; j < n; ++j) sum(i, j) += (update(i, j) *= double(f.scale));
@@ -196,7 +196,7 @@ TEST_CASE_TEMPLATE("products and updated weights", T, float, double) {
 }
 
 TEST_CASE("frozen bases, with panels and without") {
-  const Matrix<float> W = gaussian<float>(140, 180, 5);
+  const Matrix<float> W = random_matrix<float>(140, 180, 5);
   const Matrix<double> exact(W);
   const DenseBase<float> panels(W.view());
   const PlainBase plain{DenseBase<float>(W.view())};
@@ -215,7 +215,7 @@ namespace {
 /// An operator whose adjoint is wrong in one entry of one sign.
 struct WrongAdjoint {
   using scalar = float;
-  Matrix<float> A = gaussian<float>(100, 90, 1);
+  Matrix<float> A = random_matrix<float>(100, 90, 1);
   Matrix<float> B = A;
   WrongAdjoint() { B(3, 4) += 5; }
   [[nodiscard]] Index rows() const { return 100; }
@@ -226,7 +226,7 @@ struct WrongAdjoint {
 /// One that returns NaN after a while.
 struct Failing {
   using scalar = double;
-  Matrix<double> A = gaussian<double>(100, 90, 1);
+  Matrix<double> A = random_matrix<double>(100, 90, 1);
   mutable int left = 5;
   [[nodiscard]] Index rows() const { return 100; }
   [[nodiscard]] Index cols() const { return 90; }

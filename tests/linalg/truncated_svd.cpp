@@ -11,7 +11,7 @@
 #include "support/oracle.hpp"
 
 using namespace lowrank;
-using namespace lowrank_test;
+using namespace test;
 
 namespace {
 
@@ -82,7 +82,7 @@ TEST_CASE_TEMPLATE("every shape, order and rank agrees with Eigen", T, float, do
   for (const auto& [m, n, k] : shapes) {
     CAPTURE_BOUND(m);
     CAPTURE_BOUND(n);
-    const Matrix<T> A = gaussian<T>(m, n, 7);
+    const Matrix<T> A = random_matrix<T>(m, n, 7);
     const Matrix<T> At = transpose(A);
     const Matrix<double> wide(A);
     const auto exact = oracle_singular_values(A);
@@ -297,9 +297,9 @@ TEST_CASE("the same seed gives the same bits, another seed the same triplets, wh
 TEST_CASE("a warm start needs a third of the passes") {
   // 0.02·N(0,1) + a decaying signal, moved by 1 % in norm.
   const Index m = 600, n = 500, k = 10;
-  Matrix<float> W = gaussian<float>(m, n, 1);
+  Matrix<float> W = random_matrix<float>(m, n, 1);
   const Matrix<float> signal = round_to<float>(with_singular_values(m, n, power_law(60, 0.7), 6));
-  Matrix<float> step = gaussian<float>(m, n, 99);
+  Matrix<float> step = random_matrix<float>(m, n, 99);
   for (Index i = 0; i < W.size(); ++i) W.data()[i] = 0.005F * W.data()[i] + signal.data()[i];
   const double ratio = 0.01 * frobenius(W) / frobenius(step);
   Matrix<float> moved = W;
@@ -324,7 +324,7 @@ TEST_CASE("a warm start needs a third of the passes") {
 }
 
 TEST_CASE("what cannot be reached is reported, not thrown") {
-  const Matrix<float> A = gaussian<float>(300, 200, 8);
+  const Matrix<float> A = random_matrix<float>(300, 200, 8);
   SUBCASE("a tolerance below float's resolution") {
     const auto r = truncated_svd(A, 5, {.energy_tolerance = 0, .residual_tolerance = 1e-12});
     CHECK_FALSE(r.converged);
@@ -361,7 +361,7 @@ TEST_CASE("what cannot be reached is reported, not thrown") {
 }
 
 TEST_CASE_TEMPLATE("bad input is refused with a reason", T, float, double) {
-  Matrix<T> A = gaussian<T>(100, 80, 3);
+  Matrix<T> A = random_matrix<T>(100, 80, 3);
   CHECK_THROWS_AS(truncated_svd(A, 0), ArgumentError);
   CHECK_THROWS_AS(truncated_svd(A, 81), ArgumentError);
   CHECK_THROWS_AS(truncated_svd(A, -1), ArgumentError);

@@ -42,7 +42,7 @@ std::string error_of(const std::string& folder) {
 const std::string fixtures = LLAMA_FIXTURES;
 
 /// A copy of a checkpoint somebody else wrote, with what else such a directory holds.
-void copy_foreign(const std::string& name, const lowrank::test::TempDir& to) {
+void copy_foreign(const std::string& name, const test::TempDir& to) {
   fs::copy(fixtures + "/" + name, to / "base", fs::copy_options::recursive);
   fs::remove(to / "base/logits.csv");
   to.write("base/tokenizer.json", "{\"a\": [1, 2]}");
@@ -87,7 +87,7 @@ struct Expected {
 
 TEST_CASE("a checkpoint comes back bit for bit, tied and untied") {
   for (const bool tied : {false, true}) {
-    const lowrank::test::TempDir f;
+    const test::TempDir f;
     const auto c = tiny::config(tied);
     const auto w = tiny::weights<float>(c);
     save_checkpoint(f.path(), c, w);
@@ -104,7 +104,7 @@ TEST_CASE("a checkpoint comes back bit for bit, tied and untied") {
 }
 
 TEST_CASE("what is missing, of another shape, or not supported is refused by name") {
-  const lowrank::test::TempDir f;
+  const test::TempDir f;
   CHECK(error_of(f.path()).find("config.json") != std::string::npos);
   const auto c = tiny::config();
   save_checkpoint(f.path(), c, tiny::weights<float>(c));
@@ -129,7 +129,7 @@ TEST_CASE("an adapter is written as PEFT reads it, for the base's own weights wh
   const auto w = tiny::weights<float>(c);
   for (const std::string method : {"lora", "pissa"}) {
     CAPTURE(method);
-    const lowrank::test::TempDir f;
+    const test::TempDir f;
     Adaptation adaptation(c, w, method,
                           {.rank = 2, .alpha = 3, .targets = "q_proj,down_proj", .train_fully = {"lm_head"}});
     Model<float> model(c, w, adaptation.recipe());
@@ -148,7 +148,7 @@ TEST_CASE("an adapter is written as PEFT reads it, for the base's own weights wh
       for (Index i = 0; i < merged.size(); ++i) CHECK(std::abs(merged.data()[i] - now.at(m.name).data()[i]) < 2e-6F);
     }
   }
-  const lowrank::test::TempDir f;
+  const test::TempDir f;
   for (const std::string method : {"full", "qlora4"}) {
     Adaptation adaptation(c, w, method, {.rank = 2});
     Model<float> model(c, w, adaptation.recipe());
@@ -178,7 +178,7 @@ TEST_CASE("checkpoints others wrote, in bf16 shards and in f16 with a tied head,
 }
 
 TEST_CASE("a changed model is saved as the checkpoint it came from: shards, types, every key, the other files") {
-  const lowrank::test::TempDir f;
+  const test::TempDir f;
   copy_foreign("foreign_bf16", f);
   Base base = load_checkpoint(f / "base");
   save_checkpoint(f / "same", base.config, base.weights, {.source = base.source});
@@ -214,7 +214,7 @@ TEST_CASE("a changed model is saved as the checkpoint it came from: shards, type
 }
 
 TEST_CASE("a tied checkpoint whose head left the table is saved untied; one that is mistral stays so") {
-  const lowrank::test::TempDir f;
+  const test::TempDir f;
   copy_foreign("foreign_f16", f);
   const std::string path = f / "base/config.json";
   io::write_text(path, replaced(io::read_text(path), "\"llama\"", "\"mistral\""));
@@ -235,7 +235,7 @@ TEST_CASE("a tied checkpoint whose head left the table is saved untied; one that
 }
 
 TEST_CASE("nothing is saved over the base, by whatever name it is called") {
-  const lowrank::test::TempDir f;
+  const test::TempDir f;
   copy_foreign("foreign_bf16", f);
   const std::string base = f / "base";
   const auto error = [&](const std::string& path, const std::string& from) -> std::string {

@@ -47,7 +47,7 @@ bool contains(const std::string& text, const std::string& part) { return text.fi
 }  // namespace
 
 TEST_CASE("bad input: each refusal names the path, what was expected and what came") {
-  const lowrank::test::TempDir f;
+  const test::TempDir f;
   const CorpusOptions o{.window = 16};
   const auto refused = [&](const std::string& path) {
     const std::string m = message_of<lowrank::IoError>([&] { load_text({path}, o); });
@@ -80,7 +80,7 @@ TEST_CASE("bad input: each refusal names the path, what was expected and what ca
 }
 
 TEST_CASE("a text shorter than a window is refused with both lengths, at every length around the limit") {
-  const lowrank::test::TempDir f;
+  const test::TempDir f;
   for (const std::size_t n : {1U, 16U, 17U, 100U, 282U}) {
     const std::string path = f.write("short.txt", lines(60, "a").substr(0, n));
     const std::string m = message_of<lowrank::ArgumentError>([&] { load_text({path}, {.window = 16}); });
@@ -96,7 +96,7 @@ TEST_CASE("a text shorter than a window is refused with both lengths, at every l
 }
 
 TEST_CASE("folders: sorted, binary and empty files counted, hidden ones and second names not read") {
-  const lowrank::test::TempDir f;
+  const test::TempDir f;
   f.write("b.txt", lines(40, "second"));
   f.write("a/z.txt", lines(40, "first"));
   f.write("c.bin", std::string("\0\1\2", 3));
@@ -118,7 +118,7 @@ TEST_CASE("folders: sorted, binary and empty files counted, hidden ones and seco
 }
 
 TEST_CASE("a file named twice, or beside its folder, is read once") {
-  const lowrank::test::TempDir f;
+  const test::TempDir f;
   const std::string path = f.write("t.txt", lines(200, "x"));
   const Corpus once = load_text({path}, {.window = 16}), twice = load_text({path, path, f.path()}, {.window = 16});
   CHECK(once.train == twice.train);
@@ -126,7 +126,7 @@ TEST_CASE("a file named twice, or beside its folder, is read once") {
 }
 
 TEST_CASE("paragraphs that repeat are kept once, so held-out text has none of them") {
-  const lowrank::test::TempDir f;
+  const test::TempDir f;
   std::string licence;
   for (int i = 0; i < 5; ++i)
     licence += "// Permission is granted under these conditions, clause " + std::to_string(i) + "\n";
@@ -156,7 +156,7 @@ TEST_CASE("paragraphs that repeat are kept once, so held-out text has none of th
 }
 
 TEST_CASE("short repeats and CRLF stay; bytes above 127 are text") {
-  const lowrank::test::TempDir f;
+  const test::TempDir f;
   const std::string text = lines(50, "}\r\n}\r\n\xc3\xa9t\xc3\xa9");
   const Corpus c = load_text({f.write("t", text)}, {.window = 8});
   CHECK(text_of(c.train) + text_of(c.validation) + text_of(c.test) == text);
@@ -192,7 +192,7 @@ TEST_CASE("batches: the target is the next token, places depend on seed and step
 }
 
 TEST_CASE("token ids: .npy and .bin round trip, and what is refused") {
-  const lowrank::test::TempDir f;
+  const test::TempDir f;
   const CorpusOptions o{.window = 8};
   std::string bin16, bin32;
   for (int i = 0; i < 300; ++i) {

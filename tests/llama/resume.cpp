@@ -79,7 +79,7 @@ std::string weights_file(const std::string& folder) {
 TEST_CASE("stopped and resumed, twice, a run writes the bytes of one that was not stopped") {
   for (const std::string method : {"lora", "pissa", "full"}) {
     CAPTURE(method);
-    const lowrank::test::TempDir f;
+    const test::TempDir f;
     Runner r;
     r.method = method;
     const StateOptions kept{.file = f / "states/s.safetensors", .every = 4},
@@ -98,7 +98,7 @@ TEST_CASE("stopped and resumed, twice, a run writes the bytes of one that was no
 }
 
 TEST_CASE("keeping a state changes nothing, and without a file --resume begins") {
-  const lowrank::test::TempDir f;
+  const test::TempDir f;
   const Runner r;
   r.run(f / "plain", {});
   r.run(f / "kept", {.file = f / "s.safetensors", .every = 3, .resume = true});
@@ -108,7 +108,7 @@ TEST_CASE("keeping a state changes nothing, and without a file --resume begins")
 }
 
 TEST_CASE("a state of other settings, another base, other text, or no state is refused with what differs") {
-  const lowrank::test::TempDir f;
+  const test::TempDir f;
   Runner r;
   const StateOptions kept{.file = f / "s.safetensors", .every = 5, .settings = {{"base", fingerprint(r.base)}}};
   CHECK_THROWS_AS(r.run(f / "x", kept, 6), Killed);

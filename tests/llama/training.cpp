@@ -195,7 +195,7 @@ TEST_CASE("a tracker in the loop ends at the changes found afterwards") {
     CAPTURE(method);
     Adaptation adaptation(small, base, method, {.rank = 4, .alpha = 8});
     Model<float> model(small, base, adaptation.recipe());
-    const lowrank::test::TempDir folder;
+    const test::TempDir folder;
     {
       lowrank::Tracker<float> tracker(folder / "run.jsonl", {.every = 10, .rank = 32});
       adaptation.watch(tracker, model);

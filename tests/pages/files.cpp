@@ -17,7 +17,7 @@ class Folder {
 
  private:
   std::filesystem::path before_ = std::filesystem::current_path();
-  lowrank::test::TempDir dir_;
+  test::TempDir dir_;
 };
 
 lowrank::LoraFactors<float> some_factors() {

@@ -20,7 +20,7 @@ TEST_CASE("spectrum.md: what rank does this update have") {
 }
 
 TEST_CASE("spectrum.md: while training") {
-  const lowrank::test::TempDir dir;
+  const test::TempDir dir;
   const auto here = std::filesystem::current_path();
   std::filesystem::current_path(dir.path());
   const auto W = test::random_matrix<float>(20, 24, 1);

@@ -140,8 +140,7 @@ Pair make_pair(std::uint64_t seed) {
 
 /// What the two decompositions say: for each of the k leading vectors the largest |cos|, or −1 where the matrices do
 /// not determine it: a vector in a cluster of singular values, or in a null space, is any of a circle of them.
-std::vector<double> two_svd_cosines(const lowrank_test::OracleSvd& b, const lowrank_test::OracleSvd& t, Index k,
-                                    double cluster) {
+std::vector<double> two_svd_cosines(const test::OracleSvd& b, const test::OracleSvd& t, Index k, double cluster) {
   const auto isolated = [cluster](const std::vector<double>& s, std::size_t i) {
     const double gap = cluster * s[0];
     return (i == 0 || s[i - 1] - s[i] > gap) && (i + 1 == s.size() ? s[i] > gap : s[i] - s[i + 1] > gap);
@@ -177,7 +176,7 @@ void compare(int cases, double cluster, double margin) {
     CAPTURE(W.rows());
     CAPTURE(W.cols());
     const auto report = find_intruders(W, W1, {.k = k, .epsilon = p.epsilon});
-    const auto truth = two_svd_cosines(lowrank_test::oracle_svd(W), lowrank_test::oracle_svd(W1), k, cluster);
+    const auto truth = two_svd_cosines(test::oracle_svd(W), test::oracle_svd(W1), k, cluster);
     REQUIRE(report.vectors.size() == truth.size());
     double energy = 0, total = 0;
     for (Index i = 0; i < W1.size(); ++i) total += double(W1.data()[i]) * double(W1.data()[i]);
@@ -219,14 +218,14 @@ namespace {
 /// vector is chosen: W' = 4σ₁·t·xᵀ + (I − t·tᵀ)·W·(I − x·xᵀ).
 struct LargePair {
   Matrix<double> base, tuned;
-  Matrix<double> U;             // left singular vectors of the base
-  lowrank_test::OracleSvd svd;  // the base's, found again
+  Matrix<double> U;     // left singular vectors of the base
+  test::OracleSvd svd;  // the base's, found again
 
   /// Values k^−0.4 up to `rank`, but for value 100, which is nearer to value 99 by `twin`, relatively.
   LargePair(Index m, Index n, Index rank, std::uint64_t seed, double twin = 0) {
     Matrix<double> noise(m, n);
     CounterRng(seed).fill_normal(noise.view());
-    const auto d = lowrank_test::oracle_svd(noise);
+    const auto d = test::oracle_svd(noise);
     U = d.U;
     base = Matrix<double>(m, n);
     for (Index k = 0; k < rank; ++k) {
@@ -234,7 +233,7 @@ struct LargePair {
       for (Index i = 0; i < m; ++i)
         for (Index j = 0; j < n; ++j) base(i, j) += s * U(i, k) * d.V(j, k);
     }
-    svd = lowrank_test::oracle_svd(base);
+    svd = test::oracle_svd(base);
   }
   /// t = Σ c_k·w_k of the base's left vectors, scaled to length 1.
   void set_first(std::vector<double> t, std::uint64_t seed) {
@@ -287,7 +286,7 @@ void judge_first(LargePair& p, const std::vector<double>& t, IntruderProof expec
   CAPTURE(proof_name(expected));
   const auto report = find_intruders(W, W1, o);
   // The base's own vectors, also for float: its rounding turns them by some 1e-5, and no cosine here is that near to ε.
-  const auto truth = two_svd_cosines(p.svd, lowrank_test::oracle_svd(W1), o.k, 1e-6);
+  const auto truth = two_svd_cosines(p.svd, test::oracle_svd(W1), o.k, 1e-6);
   REQUIRE(report.vectors.size() == truth.size());
   const auto& first = report.vectors[0];
   CHECK(std::string(proof_name(first.proof)) == proof_name(expected));
@@ -447,8 +446,7 @@ TEST_CASE("the smallest singular value is bounded from below, and closely") {
   for (const auto& [m, n] : {std::pair<Index, Index>{90, 20}, {200, 70}, {30, 30}}) {
     Matrix<float> W(m, n);
     CounterRng(std::uint64_t(n)).fill_normal(W.view());
-    const double s = lowrank_test::oracle_singular_values(W).back(),
-                 bound = detail::smallest_squared_value<float>(W.view());
+    const double s = test::oracle_singular_values(W).back(), bound = detail::smallest_squared_value<float>(W.view());
     CHECK(bound <= s * s);
     CHECK(bound >= 0.05 * s * s);
   }

@@ -14,16 +14,12 @@
 #include "lowrank/optim/precondition.hpp"
 #include "lowrank/spectrum/alignment.hpp"
 #include "lowrank/spectrum/rounding.hpp"
+#include "support/compare.hpp"
 
 using namespace lowrank;
 
 namespace {
 
-Matrix<float> random(Index m, Index n, std::uint64_t seed) {
-  Matrix<float> W(m, n);
-  CounterRng(seed).fill_normal(W.view());
-  return W;
-}
 bool same(const Matrix<double>& a, const Matrix<double>& b) {
   return a.rows() == b.rows() && a.cols() == b.cols() && std::equal(a.data(), a.data() + a.size(), b.data());
 }
@@ -36,12 +32,12 @@ MatrixView<const T> plain(const Matrix<T>& m) {
 
 TEST_CASE("matrices of every kind are analysed as their views are") {
   const Index m = 70, n = 50, r = 3;
-  Matrix<float> W = random(m, n, 1), W0 = random(m, n, 2);
+  Matrix<float> W = test::random_matrix<float>(m, n, 1), W0 = test::random_matrix<float>(m, n, 2);
   Eigen::MatrixXf E(m, n), E0(m, n);  // the same numbers by columns
   for (Index i = 0; i < m; ++i)
     for (Index j = 0; j < n; ++j) E(i, j) = W(i, j), E0(i, j) = W0(i, j);
   auto t = truncated_svd(W, r), u = truncated_svd(W0, r);
-  const LoraFactors<float> f{random(r, n, 3), random(m, r, 4), 0.5F};
+  const LoraFactors<float> f{test::random_matrix<float>(r, n, 3), test::random_matrix<float>(m, r, 4), 0.5F};
 
   const Matrix<double> phi = subspace_similarity<float>(plain(t.U), plain(u.U));
   CHECK(same(subspace_similarity(t.U, u.U), phi));
@@ -60,7 +56,7 @@ TEST_CASE("matrices of every kind are analysed as their views are") {
   CHECK(frobenius_error(W.view(), t).upper == exact.upper);
   CHECK(frobenius_error(E, t).upper == doctest::Approx(exact.upper).epsilon(1e-5));
   CHECK(spectral_error(W, t).upper == spectral_error<float>(dense_operator<float>(plain(W)), t).upper);
-  const Matrix<float> sketch = random(m, 8, 5);
+  const Matrix<float> sketch = test::random_matrix<float>(m, 8, 5);
   CHECK(leave_one_out_error(sketch) == leave_one_out_error<float>(plain(sketch)));
 
   CHECK(difference_operator(W, W0).frobenius_norm_squared() ==

@@ -100,7 +100,7 @@ TEST_CASE("matrices of noise show what their null predicts") {
     for (int d = 0; d < draws; ++d) {
       Matrix<double> W(m, n);
       CounterRng(100 + std::uint64_t(d)).fill_normal(W.view(), 0, std);
-      const auto r = spectrum_metrics(lowrank_test::oracle_singular_values(W), m, n);
+      const auto r = spectrum_metrics(test::oracle_singular_values(W), m, n);
       rank += double(r.energy_rank_90) / draws;
       effective += r.effective_rank / draws;
       participation += r.participation_ratio / draws;
@@ -128,7 +128,7 @@ TEST_CASE("the noise level under a low-rank signal is found again") {
     for (Index j = 0; j < n; ++j)
       for (std::uint64_t k = 0; k < 3; ++k)
         W(i, j) += 0.15 * CounterRng(8, k).normal(std::uint64_t(i)) * CounterRng(9, k).normal(std::uint64_t(j));
-  const auto e = estimate_noise(lowrank_test::oracle_singular_values(W), m, n);
+  const auto e = estimate_noise(test::oracle_singular_values(W), m, n);
   CHECK(e.std == doctest::Approx(0.05).scale(0).epsilon(0.05));
   CHECK(e.optimal_rank == 3);
   CHECK(e.above_edge >= 3);
@@ -155,7 +155,7 @@ std::vector<double> noise_and_signal(Index m, Index n, Index rank, std::uint64_t
     for (Index i = 0; i < m; ++i)
       for (Index j = 0; j < n; ++j) W(i, j) += size * U(i, k) * V(j, k);
   }
-  return lowrank_test::oracle_singular_values(W);
+  return test::oracle_singular_values(W);
 }
 
 }  // namespace
@@ -210,7 +210,7 @@ TEST_CASE("pure noise of any shape is not refused") {
     for (std::uint64_t seed = 1; seed <= 100; ++seed) {
       Matrix<double> W(shape.first, shape.second);
       CounterRng(seed, 77).fill_normal(W.view(), 0, 0.02);
-      refused += !estimate_noise(lowrank_test::oracle_singular_values(W), shape.first, shape.second).determined;
+      refused += !estimate_noise(test::oracle_singular_values(W), shape.first, shape.second).determined;
     }
     CHECK(refused == 0);
   }
@@ -290,7 +290,7 @@ TEST_CASE("rounding to bf16 and f16 has the size predicted, and its spectrum sta
         error(i, j) = double(float(S(W(i, j)))) - double(W(i, j));
         sum += error(i, j) * error(i, j);
       }
-    const double measured = std::sqrt(sum / double(m * n)), top = lowrank_test::oracle_singular_values(error)[0];
+    const double measured = std::sqrt(sum / double(m * n)), top = test::oracle_singular_values(error)[0];
     const auto exact = rounding_noise<S>(MatrixView<const float>(W.view()), false);
     const auto rough = rounding_noise<S>(m, n, 0.02, false);
     // mn squares of uniform errors of varying size: their sum scatters by about 1/√(mn)

@@ -104,7 +104,7 @@ TEST_CASE_TEMPLATE("amplification and alignment equal their definitions on dense
   const auto D = multiply<T>(f.B.view(), f.A.view());
   double norm = 0, seen = 0;
   for (Index i = 0; i < D.size(); ++i) norm += std::pow(0.7 * double(D.data()[i]), 2);
-  const auto oracle = lowrank_test::oracle_svd(D);
+  const auto oracle = test::oracle_svd(D);
   for (Index i = 0; i < r; ++i)
     for (Index j = 0; j < r; ++j) {
       double x = 0;
@@ -114,7 +114,7 @@ TEST_CASE_TEMPLATE("amplification and alignment equal their definitions on dense
     }
   CHECK(amplification_factor(c(W), delta) == doctest::Approx(std::sqrt(norm / seen)).epsilon(1e-4));
 
-  const auto full = lowrank_test::oracle_svd(W);
+  const auto full = test::oracle_svd(W);
   Svd<T> top{Matrix<T>(full.U.view().middle_cols(0, K)), {}, Matrix<T>(full.V.view().middle_cols(0, K))};
   for (Index k = 0; k < K; ++k) top.S.push_back(T(full.S[std::size_t(k)]));
   const auto a = alignment(top, delta);
@@ -156,7 +156,7 @@ TEST_CASE_TEMPLATE("amplification and alignment refuse what has no answer", T, f
   CounterRng(8).fill_normal(f.A.view());
   CounterRng(9).fill_normal(f.B.view());
   const Svd<T> good = svd(f);
-  const auto full = lowrank_test::oracle_svd(W);
+  const auto full = test::oracle_svd(W);
   Svd<T> top{Matrix<T>(full.U.view().middle_cols(0, 4)), {1, 1, 1, 1}, Matrix<T>(full.V.view().middle_cols(0, 4))};
   REQUIRE(std::isfinite(amplification_factor(c(W), good)));
   REQUIRE_NOTHROW(alignment(top, good));

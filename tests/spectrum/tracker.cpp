@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "lowrank/core/rng.hpp"
 #include "lowrank/core/balance.hpp"
+#include "lowrank/core/rng.hpp"
 #include "support/oracle.hpp"
 #include "support/temp_dir.hpp"
 
@@ -20,7 +20,7 @@ using namespace lowrank;
 namespace {
 
 struct TemporaryFile {
-  lowrank::test::TempDir folder;
+  test::TempDir folder;
   std::string path;
   explicit TemporaryFile(const char* suffix) : path(folder / ("run" + std::string(suffix))) {}
   [[nodiscard]] std::vector<std::string> lines() const {
@@ -144,7 +144,7 @@ TEST_CASE("an adapter that did not start at zero is followed from its start") {
     for (Index i = 0; i < m; ++i)
       for (Index j = 0; j < n; ++j)
         for (Index k = 0; k < r; ++k) delta(i, j) += sign * double(g->scale) * double(g->B(i, k)) * double(g->A(k, j));
-  const auto truth = spectrum_metrics(lowrank_test::oracle_singular_values(delta), m, n);
+  const auto truth = spectrum_metrics(test::oracle_singular_values(delta), m, n);
   const auto lines = file.lines();
   REQUIRE(lines.size() == 3);
   const auto head = cells(lines[0]), still = cells(lines[1]), moved = cells(lines[2]);
@@ -327,7 +327,7 @@ TEST_CASE("every digit written is certain") {
       tracker.step();
       Matrix<double> delta(m, n);
       for (Index i = 0; i < W.size(); ++i) delta.data()[i] = double(W.data()[i]) - double(start.data()[i]);
-      const auto truth = spectrum_metrics(lowrank_test::oracle_singular_values(delta), m, n);
+      const auto truth = spectrum_metrics(test::oracle_singular_values(delta), m, n);
       const auto last = cells(file.lines().back());
       std::size_t column = 3, known = 0;
       for_each_metric(truth, [&](const char* name, auto value) {

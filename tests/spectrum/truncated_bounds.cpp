@@ -50,7 +50,7 @@ TEST_CASE_TEMPLATE("bounds of a product come from its factors and hold for the d
     for (Index i = 0; i < m; ++i)
       for (Index j = 0; j < n; ++j)
         for (Index k = 0; k < r; ++k) dense(i, j) += double(f.scale) * double(f.B(i, k)) * double(f.A(k, j));
-    auto values = lowrank_test::oracle_singular_values(dense);
+    auto values = test::oracle_singular_values(dense);
     values.resize(
         std::size_t(std::min({m, n, r})));  // the others are zeros: a product's condition is that of its range
     const auto truth = spectrum_metrics(values, m, n);
@@ -81,7 +81,7 @@ TEST_CASE_TEMPLATE("bounds from a truncated SVD hold the truth, and pin down wha
         for (Index j = 0; j < n; ++j)
           W(i, j) += T(std::pow(0.7, double(k)) * CounterRng(4, std::uint64_t(k)).normal(std::uint64_t(i)) *
                        CounterRng(5, std::uint64_t(k)).normal(std::uint64_t(j)));
-    const auto truth = spectrum_metrics(lowrank_test::oracle_singular_values(Matrix<double>(W.view())), m, n);
+    const auto truth = spectrum_metrics(test::oracle_singular_values(Matrix<double>(W.view())), m, n);
     for (const Index k : {Index(1), Index(4), Index(12)}) {
       CAPTURE(k);
       const auto t = truncated_svd(W, k, {.energy_tolerance = 0, .residual_tolerance = 1e-4});

@@ -36,7 +36,8 @@ double rounding(double n) {
   return n * double(std::numeric_limits<T>::epsilon());
 }
 
-template <class T>
+/// Independent normal numbers of deviation `std`: the one random matrix of the tests.
+template <class T = float>
 lowrank::Matrix<T> random_matrix(lowrank::Index rows, lowrank::Index cols, std::uint64_t seed, double std = 1) {
   lowrank::Matrix<T> m(rows, cols);
   lowrank::CounterRng(seed).fill_normal(m.view(), 0, std);

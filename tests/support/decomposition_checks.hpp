@@ -8,20 +8,13 @@
 #include <vector>
 
 #include "lowrank/core/matrix.hpp"
-#include "lowrank/core/rng.hpp"
 #include "lowrank/linalg/svd_result.hpp"
+#include "support/compare.hpp"
 
-namespace lowrank_test {
+namespace test {
 
 using lowrank::Index;
 using lowrank::Matrix;
-
-template <class T>
-Matrix<T> gaussian(Index m, Index n, std::uint64_t seed) {
-  Matrix<T> A(m, n);
-  lowrank::CounterRng(seed).fill_normal(A.view());
-  return A;
-}
 
 /// A·B in double, entry by entry: slow, and independent of the library's products.
 template <class T, class U>
@@ -115,8 +108,8 @@ inline Matrix<double> with_singular_values(Index m, Index n, const std::vector<d
       }
     return Q;
   };
-  Matrix<double> U = orthonormal(gaussian<double>(m, k, seed));
-  const Matrix<double> V = orthonormal(gaussian<double>(n, k, seed + 1));
+  Matrix<double> U = orthonormal(random_matrix<double>(m, k, seed));
+  const Matrix<double> V = orthonormal(random_matrix<double>(n, k, seed + 1));
   for (Index i = 0; i < m; ++i)
     for (Index j = 0; j < k; ++j) U(i, j) *= values[std::size_t(j)];
   return product(U, transpose(V));
@@ -137,4 +130,4 @@ inline Matrix<double> kahan(Index n, double theta = 1.2) {
   return K;
 }
 
-}  // namespace lowrank_test
+}  // namespace test

@@ -4,7 +4,7 @@
 #include <Eigen/Eigenvalues>
 #include <Eigen/SVD>
 
-namespace lowrank_test {
+namespace test {
 namespace {
 
 using RowMajor = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
@@ -51,4 +51,4 @@ std::vector<double> oracle_eigenvalues(const double* row_major, lowrank::Index n
   return {std::reverse_iterator(values.data() + n), std::reverse_iterator(values.data())};
 }
 
-}  // namespace lowrank_test
+}  // namespace test

@@ -6,7 +6,7 @@
 
 #include "lowrank/core/matrix.hpp"
 
-namespace lowrank_test {
+namespace test {
 
 /// A ≈ U·diag(S)·Vᵀ, thin: U m×k, V n×k, k = min(m, n), S descending.
 struct OracleSvd {
@@ -33,4 +33,4 @@ std::vector<double> oracle_singular_values(const X& A) {
   return oracle_singular_values(copy.data(), copy.rows(), copy.cols());
 }
 
-}  // namespace lowrank_test
+}  // namespace test

@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace lowrank::test {
+namespace test {
 
 class TempDir {
  public:
@@ -36,4 +36,4 @@ class TempDir {
   std::filesystem::path path_;
 };
 
-}  // namespace lowrank::test
+}  // namespace test

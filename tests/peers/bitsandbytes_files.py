@@ -129,7 +129,7 @@ for function, *arguments in runs:
                 function(*arguments, d)
         except Exception as e:
             failed.append(f"{function.__name__} {arguments}: {type(e).__name__}: {str(e)[:500]}")
-count.report("bitsandbytes in Transformers")
 for line in failed:
     print("failed:", line)
+count.report("bitsandbytes in Transformers")
 sys.exit(bool(failed))

@@ -165,8 +165,8 @@ attempt(nf4_on_thresholds)
 for name in TYPES:
     for shape in SHAPES:
         attempt(int8_rows, name, shape)
-count.report("bitsandbytes")
 for line in failed[:20]:
     print("failed:", line)
+count.report("bitsandbytes")
 print(len(failed), "failed") if failed else None
 sys.exit(bool(failed))

@@ -108,7 +108,7 @@ for ranks, alphas, rslora in [((4, 4), (6, 6), False), ((4, 4), (6, 3), False), 
             compare(d, ranks, alphas, rslora)
         except Exception as e:
             failed.append(f"{ranks} {alphas}: {type(e).__name__}: {str(e)[:600]}")
-count.report("peft")
 for line in failed:
     print("failed:", line)
+count.report("peft")
 sys.exit(bool(failed))

@@ -134,7 +134,7 @@ for family in families:
             failed.append(f"{family}: {e}")
 with tempfile.TemporaryDirectory() as d:
     ranks_that_differ(d)
-count.report("peft")
 for line in failed:
     print("failed:", line)
+count.report("peft")
 sys.exit(bool(failed))

@@ -169,7 +169,7 @@ for name in sys.argv[2:] or CASES:
             one(name, d)
         except Exception as e:
             failed.append(f"{name}: {type(e).__name__}: {str(e)[:600]}")
-count.report("peft")
 for line in failed:
     print("failed:", line)
+count.report("peft")
 sys.exit(bool(failed))

@@ -275,7 +275,7 @@ void add_weight(Json& j, const ModulePair& pair, const SpectrumOptions& o) {
     gemm(f.scale, f.B.view(), f.A.view(), tuned.view(), Update::accumulate);
     // r products and the sum, each element's roundings relative to the parts.
     const double eps = double(std::numeric_limits<T>::epsilon()), r = double(f.rank());
-    const auto norm = [](MatrixView<const T> M) { return frobenius_norm(M); };
+    const auto norm = [](MatrixView<const T> M) { return std::sqrt(dense_operator<T, T>(M).frobenius_norm_squared()); };
     const double parts = std::abs(double(f.scale)) * norm(f.B.view()) * norm(f.A.view());
     add_sides<T>(j, W, tuned.view(), o, eps * ((r + 2) * parts + norm(std::as_const(tuned).view())));
   }

@@ -146,7 +146,7 @@ void analyse(Json& j, MatrixView<const S> W, const SpectrumOptions& o, double fo
   j["error"] = sv.absolute_error;
   if (sv.values[0] > 0) {
     const auto e = estimate_noise(sv.values, m, n);
-    const auto count = [&](Index n) { return e.determined ? Json(n) : Json(nullptr); };
+    const auto count = [&](Index x) { return e.determined ? Json(x) : Json(nullptr); };
     j["noise_level"] = {{"determined", e.determined},
                         {"std", finite(e.std)},
                         {"edge", finite(e.edge)},

@@ -57,7 +57,7 @@ void write_npz(const std::string& path, const io::PeftAdapter& adapter, const st
 
 void run(const Options& o) {
   if (o.to == "npz" && o.dtype == "bf16")
-    throw UsageError("--dtype bf16: numpy has no such type; --to npz takes f32 or f16");
+    throw UsageError("convert: --dtype bf16: numpy has no such type; --to npz takes f32 or f16");
   expect_different(o.adapter, o.output);
   if (o.to == "peft")
     expect_no_changed_base(o.output);

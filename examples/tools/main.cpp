@@ -42,6 +42,10 @@ int run(std::vector<std::string> words) {
     sub->preparse_callback([name = sub->get_name()](std::size_t) { describe_interruption(name); });
   if (!words.empty() && words[0] == "help") {  // lowrank help [SUBCOMMAND]
     words.erase(words.begin());
+    std::vector<std::string> known;
+    for (const CLI::App* sub : app.get_subcommands(nullptr)) known.push_back(sub->get_name());
+    if (!words.empty() && !common::is_one_of(words[0], known))
+      return complain(2, common::unknown("subcommand", words[0], known) + " (see lowrank --help)");
     words.emplace_back("--help");
   }
   std::reverse(words.begin(), words.end());  // as CLI11 wants them

@@ -125,6 +125,7 @@ with tempfile.TemporaryDirectory() as d:
     assert relative(weights_of(d + "/out_undone"), W) < 1e-6  # nothing was trained
     refused("undo", d + "/elsewhere_olora", "--initial", d + "/pissa", "-o", d + "/bad", parts=["another changed base"])
     shutil.copytree(d + "/pissa", d + "/reused")
+    shutil.rmtree(d + "/reused/base")  # which would pass for the base of what comes
     run(program, "undo", d + "/elsewhere_pissa", "--initial", d + "/pissa", "-o", d + "/reused")
     assert not os.path.exists(d + "/reused/lowrank.json")
     run(program, "merge", d + "/copy", d + "/reused", "-o", d + "/out_undone", "--min-correlation", -1)

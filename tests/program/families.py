@@ -186,7 +186,7 @@ with tempfile.TemporaryDirectory() as tmp:
 
         # A flag that contradicts the family is an error, one that agrees is none.
         for command in (("init", "pissa", d + "/base"), ("extract", d + "/base", d + "/tuned")):
-            r = run(*command, "-o", d + "/flag", "--rank", "1", "--fan-in-fan-out", code=0 if turned else 1)
+            r = run(*command, "-o", d + "/flag_" + command[0], "--rank", "1", "--fan-in-fan-out", code=0 if turned else 1)
             if not turned:
                 check("--fan-in-fan-out contradicts" in r.stderr and model_type in r.stderr, f"{model_type}: {r.stderr}")
 

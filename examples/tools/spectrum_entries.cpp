@@ -4,6 +4,7 @@
 
 #include <lowrank/linalg/factor_svd.hpp>
 #include <lowrank/linalg/gemm.hpp>
+#include <lowrank/linalg/norm.hpp>
 #include <lowrank/linalg/singular_values.hpp>
 #include <lowrank/spectrum/alignment.hpp>
 #include <lowrank/spectrum/bounds.hpp>
@@ -146,7 +147,7 @@ void analyse(Json& j, MatrixView<const S> W, const SpectrumOptions& o, double fo
   j["error"] = sv.absolute_error;
   if (sv.values[0] > 0) {
     const auto e = estimate_noise(sv.values, m, n);
-    const auto count = [&](Index x) { return e.determined ? Json(x) : Json(nullptr); };
+    const auto count = [&](Index values) { return e.determined ? Json(values) : Json(nullptr); };
     j["noise_level"] = {{"determined", e.determined},
                         {"std", finite(e.std)},
                         {"edge", finite(e.edge)},
@@ -275,7 +276,7 @@ void add_weight(Json& j, const ModulePair& pair, const SpectrumOptions& o) {
     gemm(f.scale, f.B.view(), f.A.view(), tuned.view(), Update::accumulate);
     // r products and the sum, each element's roundings relative to the parts.
     const double eps = double(std::numeric_limits<T>::epsilon()), r = double(f.rank());
-    const auto norm = [](MatrixView<const T> M) { return std::sqrt(dense_operator<T, T>(M).frobenius_norm_squared()); };
+    const auto norm = [](MatrixView<const T> M) { return frobenius_norm(M); };
     const double parts = std::abs(double(f.scale)) * norm(f.B.view()) * norm(f.A.view());
     add_sides<T>(j, W, tuned.view(), o, eps * ((r + 2) * parts + norm(std::as_const(tuned).view())));
   }

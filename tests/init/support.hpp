@@ -9,6 +9,7 @@
 #include "lowrank/linalg/gemm.hpp"
 #include "lowrank/linalg/qr.hpp"
 #include "support/compare.hpp"
+#include "support/decomposition_checks.hpp"
 
 namespace test {
 
@@ -64,19 +65,6 @@ template <class Init, class X>
 double split_error(const Init& init, const X& W) {
   const lowrank::Matrix<double> sum = plus(update(init.factors), init.base);
   return norm(plus(sum, W, -1)) / norm(W);
-}
-
-/// ‖Gram − I‖ by its largest entry, of the columns of Q.
-template <class T>
-double orthogonality_error(const lowrank::Matrix<T>& Q) {
-  double worst = 0;
-  for (lowrank::Index a = 0; a < Q.cols(); ++a)
-    for (lowrank::Index b = 0; b <= a; ++b) {
-      double dot = 0;
-      for (lowrank::Index i = 0; i < Q.rows(); ++i) dot += double(Q(i, a)) * double(Q(i, b));
-      worst = std::max(worst, std::abs(dot - double(a == b)));
-    }
-  return worst;
 }
 
 /// ‖(I − P_Q)·X‖_F / ‖X‖_F for orthonormal columns of Q: how far the columns of X stick out of span(Q).

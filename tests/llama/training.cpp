@@ -18,12 +18,12 @@ using tiny::Choice;
 
 namespace {
 
-const ModelConfig small{.hidden_size = 32,
-                        .intermediate_size = 48,
-                        .num_hidden_layers = 2,
-                        .num_attention_heads = 4,
-                        .num_key_value_heads = 2,
-                        .head_dim = 8};
+const ModelConfig learner{.hidden_size = 32,
+                          .intermediate_size = 48,
+                          .num_hidden_layers = 2,
+                          .num_attention_heads = 4,
+                          .num_key_value_heads = 2,
+                          .head_dim = 8};
 
 /// Something a model can learn: words in an order with rules.
 std::vector<Token> sentences(std::uint64_t seed) {
@@ -46,13 +46,13 @@ TrainOptions quick(double rate, Index steps = 60) {
 }  // namespace
 
 TEST_CASE("every method starts as the base, except those that round it") {
-  const auto base = tiny::weights<float>(small);
+  const auto base = tiny::weights<float>(learner);
   const Batch batch = random_batch(sentences(1), 3, 20, 1, 0);
-  Model<float> frozen(small, base, tiny::recipe<float>([](const std::string&) { return Choice::frozen; }));
+  Model<float> frozen(learner, base, tiny::recipe<float>([](const std::string&) { return Choice::frozen; }));
   const Mat<float> want = frozen.forward(batch);
   const auto difference = [&](const std::string& method, double alpha) {
-    Adaptation adaptation(small, base, method, {.rank = 4, .alpha = alpha, .targets = "all"});
-    Model<float> model(small, base, adaptation.recipe());
+    Adaptation adaptation(learner, base, method, {.rank = 4, .alpha = alpha, .targets = "all"});
+    Model<float> model(learner, base, adaptation.recipe());
     CHECK(model.parameters().size() > 0);
     return largest_difference(model.forward(batch), want);
   };
@@ -70,17 +70,17 @@ TEST_CASE("every method starts as the base, except those that round it") {
 }
 
 TEST_CASE("LoftQ starts from a lower loss than QLoRA, in 4 and in 2 bits, on a base that was trained") {
-  Weights<float> base = tiny::weights<float>(small);
+  Weights<float> base = tiny::weights<float>(learner);
   {
-    Model<float> model(small, base, train_everything());
+    Model<float> model(learner, base, train_everything());
     train(model, sentences(1), quick(3e-3, 300));
     Weights<float> trained = model.weights();
     base = std::move(trained);
   }
   const auto held_out = sentences(2);
   const auto start = [&](const std::string& method) {
-    Adaptation adaptation(small, base, method, {.rank = 4, .alpha = 8});
-    Model<float> model(small, base, adaptation.recipe());
+    Adaptation adaptation(learner, base, method, {.rank = 4, .alpha = 8});
+    Model<float> model(learner, base, adaptation.recipe());
     return evaluate(model, held_out, 24, 128);
   };
   const double exact_base = start("lora");
@@ -96,11 +96,11 @@ TEST_CASE("LoftQ starts from a lower loss than QLoRA, in 4 and in 2 bits, on a b
 }
 
 TEST_CASE("LoftQ starts nearer to the base than plain rounding, in weights") {
-  const auto base = tiny::weights<float>(small);
+  const auto base = tiny::weights<float>(learner);
   for (const std::string bits : {"4", "2"}) {
     const auto error = [&](const std::string& method) {
-      Adaptation adaptation(small, base, method + bits, {.rank = 4, .alpha = 8});
-      Model<float> model(small, base, adaptation.recipe());
+      Adaptation adaptation(learner, base, method + bits, {.rank = 4, .alpha = 8});
+      Model<float> model(learner, base, adaptation.recipe());
       CHECK(adaptation.bytes_per_weight() < (bits == "4" ? 0.6 : 0.35));
       double sum = 0;
       for (const auto& [module, W] : model.weights())
@@ -116,14 +116,14 @@ TEST_CASE("LoftQ starts nearer to the base than plain rounding, in weights") {
 }
 
 TEST_CASE("training lowers the loss with every method, and the same seed gives the same bits") {
-  const auto base = tiny::weights<float>(small);
+  const auto base = tiny::weights<float>(learner);
   const auto tokens = sentences(1), held_out = sentences(2);
   for (const std::string method : {"full", "lora", "pissa", "olora", "qlora4", "loftq2"}) {
     CAPTURE(method);
     const auto run = [&] {
-      Adaptation adaptation(small, base, method,
+      Adaptation adaptation(learner, base, method,
                             {.rank = 4, .alpha = 8, .dropout = method == "lora" ? 0.1 : 0.0, .seed = 1});
-      Model<float> model(small, base, adaptation.recipe());
+      Model<float> model(learner, base, adaptation.recipe());
       const double before = evaluate(model, held_out, 24, 16);
       const TrainResult result = train(model, tokens, quick(method == "full" ? 3e-3 : 1e-2));
       CHECK(result.losses.size() == 60);
@@ -136,11 +136,11 @@ TEST_CASE("training lowers the loss with every method, and the same seed gives t
 }
 
 TEST_CASE("merged weights give the adapted model's output") {
-  const auto base = tiny::weights<float>(small);
+  const auto base = tiny::weights<float>(learner);
   const auto tokens = sentences(1);
   const Batch batch = random_batch(tokens, 3, 20, 1, 0);
   for (const bool tied : {false, true}) {
-    ModelConfig c = small;
+    ModelConfig c = learner;
     c.tie_word_embeddings = tied;
     for (const std::string method : {"full", "lora", "pissa", "loftq4"}) {
       CAPTURE(method);
@@ -160,11 +160,11 @@ TEST_CASE("merged weights give the adapted model's output") {
 }
 
 TEST_CASE("what training did, as factors and as spectrum, is the difference of the weights") {
-  const auto base = tiny::weights<float>(small);
+  const auto base = tiny::weights<float>(learner);
   for (const std::string method : {"full", "lora", "pissa"}) {
     CAPTURE(method);
-    Adaptation adaptation(small, base, method, {.rank = 4, .alpha = 6});
-    Model<float> model(small, base, adaptation.recipe());
+    Adaptation adaptation(learner, base, method, {.rank = 4, .alpha = 6});
+    Model<float> model(learner, base, adaptation.recipe());
     train(model, sentences(1), quick(5e-3, 20));
     const Weights<float> now = model.weights();
     const auto changes = adaptation.changes(model);
@@ -190,11 +190,11 @@ TEST_CASE("what training did, as factors and as spectrum, is the difference of t
 }
 
 TEST_CASE("a tracker in the loop ends at the changes found afterwards") {
-  const auto base = tiny::weights<float>(small);
+  const auto base = tiny::weights<float>(learner);
   for (const std::string method : {"full", "lora", "pissa", "loftq4"}) {
     CAPTURE(method);
-    Adaptation adaptation(small, base, method, {.rank = 4, .alpha = 8});
-    Model<float> model(small, base, adaptation.recipe());
+    Adaptation adaptation(learner, base, method, {.rank = 4, .alpha = 8});
+    Model<float> model(learner, base, adaptation.recipe());
     const test::TempDir folder;
     {
       lowrank::Tracker<float> tracker(folder / "run.jsonl", {.every = 10, .rank = 32});
@@ -228,8 +228,8 @@ TEST_CASE("a tracker in the loop ends at the changes found afterwards") {
 }
 
 TEST_CASE("a logit depends on no later token, and on the position of earlier ones") {
-  const auto base = tiny::weights<float>(small);
-  Model<float> model(small, base, tiny::recipe<float>([](const std::string&) { return Choice::frozen; }));
+  const auto base = tiny::weights<float>(learner);
+  Model<float> model(learner, base, tiny::recipe<float>([](const std::string&) { return Choice::frozen; }));
   Batch batch = random_batch(sentences(1), 2, 70, 1, 0);  // more than one block of attention rows
   const Mat<float> before = model.forward(batch);
   batch.inputs[40] = 'Z';  // of the first window
@@ -244,9 +244,9 @@ TEST_CASE("a logit depends on no later token, and on the position of earlier one
 
 TEST_CASE(
     "the loss of a model that knows nothing is log of the vocabulary; generated text is the same for the same seed") {
-  auto base = tiny::weights<float>(small);
+  auto base = tiny::weights<float>(learner);
   std::fill_n(base.at("lm_head").data(), base.at("lm_head").size(), 0.0F);
-  Model<float> model(small, base, tiny::recipe<float>([](const std::string&) { return Choice::frozen; }));
+  Model<float> model(learner, base, tiny::recipe<float>([](const std::string&) { return Choice::frozen; }));
   CHECK(evaluate(model, sentences(1), 24, 8) == doctest::Approx(std::log(256.0)).epsilon(1e-6));
   const auto made = generate(model, {1, 2, 3}, 20, 8, 1.0, 5);
   CHECK(made.size() == 20);
@@ -255,7 +255,7 @@ TEST_CASE(
 }
 
 TEST_CASE("what cannot be trained is refused with a reason") {
-  const auto base = tiny::weights<float>(small);
+  const auto base = tiny::weights<float>(learner);
   const auto text = [](auto&& f) -> std::string {
     try {
       f();
@@ -266,8 +266,8 @@ TEST_CASE("what cannot be trained is refused with a reason") {
   };
   const auto adapt = [&](const std::string& method, const MethodOptions& o) {
     return text([&] {
-      Adaptation a(small, base, method, o);
-      Model<float> m(small, base, a.recipe());
+      Adaptation a(learner, base, method, o);
+      Model<float> m(learner, base, a.recipe());
     });
   };
   CHECK(adapt("lara", {}).find("did you mean 'lora'?") != std::string::npos);
@@ -278,32 +278,32 @@ TEST_CASE("what cannot be trained is refused with a reason") {
   CHECK(adapt("lora", {.dropout = 1}).find("dropout must lie in [0, 1)") != std::string::npos);
   CHECK(adapt("lora", {.targets = "q_prj"}).find("q_prj") != std::string::npos);
   CHECK(adapt("lora", {.train_fully = {"head"}}).find("no module is called 'head'") != std::string::npos);
-  ModelConfig c = small;
+  ModelConfig c = learner;
   c.head_dim = 7;
   CHECK(text([&] { check(c); }).find("head_dim must be even and at least 2, got 7") != std::string::npos);
-  c = small;
+  c = learner;
   c.num_key_value_heads = 3;
   CHECK(text([&] { check(c); }).find("num_key_value_heads must be a divisor") != std::string::npos);
-  c = small;
+  c = learner;
   c.num_hidden_layers = 3;
   CHECK(text([&] { Model<float>(c, base, train_everything()); }).find("no weight 'model.layers.2.") !=
         std::string::npos);
-  c = small;
+  c = learner;
   c.intermediate_size = 49;
   CHECK(text([&] { Model<float>(c, base, train_everything()); }).find("must be 49x32, got 48x32") != std::string::npos);
-  c = small;
+  c = learner;
   c.tie_word_embeddings = true;
   CHECK(text([&] {
           Model<float> m(c, base, tiny::recipe<float>([](const std::string& m_) {
                            return m_ == "lm_head" ? Choice::full : Choice::frozen;
                          }));
         }).find("tied") != std::string::npos);
-  Model<float> model(small, base, train_everything());
+  Model<float> model(learner, base, train_everything());
   CHECK(text([&] { model.loss({1, 2, {1, 256}, {1, 2}}); }).find("got 256") != std::string::npos);
   CHECK(text([&] { model.loss({1, 2, {1, 2}, {1, -1}}); }).find("got -1") != std::string::npos);
   CHECK(text([&] { model.loss({1, 2, {1, 2}, {1}}); }).find("expected 2 targets, got 1") != std::string::npos);
   CHECK(text([&] { model.loss({2, 2, {1, 2}, {1, 2}}); }).find("expected 2x2 tokens, got 2") != std::string::npos);
-  Model<float> frozen(small, base, tiny::recipe<float>([](const std::string&) { return Choice::frozen; }));
+  Model<float> frozen(learner, base, tiny::recipe<float>([](const std::string&) { return Choice::frozen; }));
   CHECK(text([&] { train(frozen, sentences(1), quick(1e-3)); }).find("nothing trainable") != std::string::npos);
   CHECK(text([&] { train(model, sentences(1), {.steps = 0}); }).find("at least 1") != std::string::npos);
   CHECK(text([&] { train(model, sentences(1), quick(1e30)); }).find("gradient") != std::string::npos);  // diverges

@@ -2,6 +2,8 @@
 // Rank metrics against sums written out in long double, and against values known by hand.
 #include "lowrank/spectrum/metrics.hpp"
 
+#include <Eigen/Core>
+
 #include <doctest/doctest.h>
 
 #include <array>
@@ -58,6 +60,13 @@ struct Reference {
 };
 
 }  // namespace
+
+// A matrix has data() and size() too; taken for its own singular values it would give numbers that mean nothing.
+static_assert(!lowrank::SingularValueList<lowrank::Matrix<float>>);
+static_assert(!lowrank::SingularValueList<lowrank::MatrixView<const double>>);
+static_assert(!lowrank::SingularValueList<Eigen::MatrixXf>);
+static_assert(lowrank::SingularValueList<Eigen::VectorXf>);
+static_assert(lowrank::SingularValueList<std::vector<double>>);
 
 TEST_CASE("every metric equals its definition") {
   for (const Named& named : spectra()) {

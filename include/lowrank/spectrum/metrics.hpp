@@ -18,15 +18,17 @@ namespace lowrank {
 // σ: singular values, descending. λ = σ². p = σ/Σσ. m×n: the shape of the matrix they belong to.
 
 /// Singular values as every function of this page takes them: contiguous floats or doubles (std::vector, std::span,
-/// std::array, lowrank::Buffer, ...), **descending**, finite, not negative. Fewer than min(m, n) of them mean that the
-/// others are zero. Each function checks this in one pass and throws ArgumentError (NonFiniteError for NaN and
-/// infinity) with the index of the first value that breaks it; it never sorts.
+/// std::array, lowrank::Buffer, an Eigen vector, ...; a matrix is none), **descending**, finite, not negative. Fewer
+/// than min(m, n) of them mean that the others are zero. Each function checks this in one pass and throws ArgumentError
+/// (NonFiniteError for NaN and infinity) with the index of the first value that breaks it; it never sorts.
 template <class S>
 concept SingularValueList = requires(const S& s) {
   { std::data(s) } -> std::convertible_to<const void*>;
   { std::size(s) } -> std::convertible_to<std::size_t>;
 }
-&&Real<std::remove_cvref_t<decltype(*std::data(std::declval<const S&>()))>>;
+&&Real<std::remove_cvref_t<decltype(*std::data(std::declval<const S&>()))>> &&
+    (
+        !requires(const S& s) { s.rows(), s.cols(); } || requires { requires bool(S::IsVectorAtCompileTime); });
 
 namespace detail {
 

@@ -55,7 +55,7 @@ both '`lowrank/spectrum/intruders.hpp`, `find_intruders` in two float matrices' 
 auto f(const lowrank::Matrix<float>& w, const lowrank::Matrix<float>& t) { return lowrank::find_intruders(w, t); }'
 row '`Eigen/SVD`, one `BDCSVD<MatrixXf>`' '#include <Eigen/SVD>
 auto f(const Eigen::MatrixXf& w) { return Eigen::BDCSVD<Eigen::MatrixXf>(w, 20).singularValues().eval(); }'
-row '`lowrank/lowrank.hpp`, everything on Eigen' '#include "lowrank/lowrank.hpp"'
+row '`lowrank/lowrank.hpp`, everything that needs no other library' '#include "lowrank/lowrank.hpp"'
 if [[ -e /usr/include/xtensor/xtensor.hpp || -e /usr/include/xtensor/containers/xtensor.hpp ]]; then
   row 'xtensor: `xadapt.hpp`, `xtensor.hpp`, `xview.hpp`, `xstrided_view.hpp`' '#if __has_include(<xtensor/containers/xadapt.hpp>)
 #include <xtensor/containers/xadapt.hpp>

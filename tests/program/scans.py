@@ -314,7 +314,7 @@ try:
               "two ranks give what one gives")
         # What goes wrong on a rank ends the run everywhere, with a line that says what, and nobody waits for anybody.
         for ranks, arguments, word in ((2, ["nan.safetensors", "--base", at("base.safetensors"), "--json", at("mpinan.json")], k0),
-                                       (2, ["tuned.safetensors", "--json", at("missing/x.json")], "journal")):
+                                       (2, ["tuned.safetensors", "--json", at("missing/x.json")], "missing/x.json: cannot create")):
             r = subprocess.run(["mpirun", "-np", str(ranks), "--oversubscribe", mpi_tool, "spectrum", at(arguments[0]), *arguments[1:],
                                 "-q"], capture_output=True, text=True, env=environment, timeout=60)
             check(r.returncode == 1 and word in r.stderr, f"mpirun with bad input: {r.returncode}, {r.stderr.strip()[-300:]}")

@@ -79,7 +79,11 @@ TEST_CASE("what would leave a layer outside the blocks, or two of one name insid
   FlatParameters<float> flat;
   flat.add("a", a.parameters());
   CHECK(flat.size() == 0);
-  CHECK(flat.values().empty());
+  CHECK(std::as_const(flat).values().empty());
+  for (const auto use :
+       {+[](FlatParameters<float>& f) { (void)f.values(); }, +[](FlatParameters<float>& f) { (void)f.gradients(); },
+        +[](FlatParameters<float>& f) { f.zero_gradients(); }})
+    CHECK_THROWS_WITH_AS(use(flat), doctest::Contains("layers were added and pack() was not called"), ArgumentError);
   CHECK_THROWS_WITH_AS((void)flat.value("a.lora_A"), "FlatParameters::value: 'a.lora_A' has no place before pack()",
                        ArgumentError);
   CHECK_THROWS_WITH_AS(flat.add("again", a.parameters()), "FlatParameters::add: 'again' was added already, as 'a'",

@@ -209,3 +209,23 @@ TEST_CASE("what a part of a parallel loop throws arrives, and only after every p
   omp_set_num_threads(threads);
 #endif
 }
+
+TEST_CASE("a matrix that was moved from is empty, and refused by its shape") {
+  Matrix<float> a(3, 4), b;
+  a(1, 2) = 5;
+  const Matrix<float> c(std::move(a));
+  CHECK(c(1, 2) == 5);
+  CHECK(a.rows() == 0);  // NOLINT(bugprone-use-after-move): that is the test
+  CHECK(a.cols() == 0);
+  Matrix<float> d(2, 2);
+  b = std::move(d);
+  CHECK(b.size() == 4);
+  CHECK(d.empty());
+  b = std::move(d);  // over what was there
+  CHECK(b.empty());
+  CHECK(c.view()(1, 2) == 5);
+  Matrix<float> e(c);
+  CHECK(e.size() == c.size());
+  e = c;
+  CHECK(e(1, 2) == 5);
+}

@@ -4,6 +4,7 @@
 #include "lowrank/io/bitsandbytes.hpp"
 #include "lowrank/io/gguf_adapter.hpp"
 #include "lowrank/io/peft.hpp"
+#include "support/capture.hpp"
 
 #include "support.hpp"
 
@@ -39,7 +40,7 @@ Matrix<double> merged_by_hand(const AdapterModule& m, const Matrix<double>& W) {
 
 TEST_CASE("adapters PEFT wrote mean what PEFT merges") {
   for (const auto& [name, modules] : {std::pair("peft_patterns", 5), std::pair("peft_dora", 4)}) {
-    CAPTURE(name);
+    CAPTURE_BOUND(name);
     const PeftAdapter adapter = read_peft(peers + name);
     REQUIRE(int(adapter.modules.size()) == modules);
     CHECK(adapter.saved.size() == (adapter.config.use_dora ? 0 : 6));  // five norms end in "norm"; the table too

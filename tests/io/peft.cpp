@@ -431,3 +431,20 @@ TEST_CASE("numbers that nothing holds are named, not the parser's words for them
   check_error([] { (void)parse_peft_config("c.json", R"({"peft_type":"LORA","r":99999999999999999999})"); },
               {"'r'", "integer in [1, 1073741824]"});
 }
+
+TEST_CASE("a factor beyond the range of F16 is refused, not written as infinity") {
+  const TempDir dir;
+  PeftAdapter a;
+  a.modules.push_back({.name = "m.q_proj",
+                       .factors = {test::random_matrix<float>(2, 5, 1), test::random_matrix<float>(6, 2, 2), 0.5F},
+                       .dtype = Dtype::F16});
+  a.modules[0].factors.A(1, 3) = 1e6F;
+  describe_modules(a);
+  a.config.target_modules = module_suffixes(a);
+  CHECK_THROWS_WITH_AS(write_peft(dir / "a", a), doctest::Contains("must be within the range of F16, got 1000000"),
+                       IoError);
+  CHECK_FALSE(std::filesystem::exists(dir / "a/adapter_config.json"));
+  a.modules[0].factors.A(1, 3) = 6e4F;
+  write_peft(dir / "a", a);
+  CHECK(read_peft(dir / "a").modules[0].factors.A(1, 3) == float(lowrank::f16(6e4F)));
+}

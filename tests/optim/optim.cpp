@@ -92,6 +92,10 @@ TEST_CASE("bad input") {
   CHECK_THROWS_AS(AdamW<float>(4, {.beta1 = 1}), ArgumentError);
   CHECK_THROWS_AS(AdamW<float>(4, {.epsilon = 0}), ArgumentError);
   CHECK_THROWS_AS(AdamW<float>(4, {.weight_decay = -1}), ArgumentError);
+  CHECK_THROWS_WITH_AS(AdamW<float>(4, {.weight_decay = 0.5}, {{0, 1, 1.0, 0.0}, {1, 3, 1.0, 0.0}}),
+                       doctest::Contains("weight_decay 0.5 is for parameters in no group, and the 2 groups hold all 4"),
+                       ArgumentError);
+  CHECK_NOTHROW(AdamW<float>(4, {.weight_decay = 0.5}, {{0, 3, 1.0, 0.0}}));
   CHECK_THROWS_AS(AdamW<float>(4, {}, {{0, 3}, {2, 1}}), ArgumentError);
   CHECK_THROWS_AS(AdamW<float>(4, {}, {{3, 2}}), ArgumentError);
   CHECK_THROWS_AS(AdamW<float>(4, {}, {{1, std::numeric_limits<Index>::max()}}), ArgumentError);

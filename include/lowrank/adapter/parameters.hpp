@@ -240,8 +240,8 @@ class FlatParameters {
   /// Length of the two blocks; 0 before pack().
   [[nodiscard]] Index size() const noexcept { return blocks_ ? blocks_->values.size() : 0; }
   [[nodiscard]] const std::vector<ParameterInfo>& table() const noexcept { return table_; }
-  /// The blocks, empty before pack(). **Throws** ArgumentError when a packed layer was replaced by one that is not in
-  /// them: it would not be trained. The const form only reads, and gives what there is.
+  /// The blocks. **Throws** ArgumentError before pack() when layers were added, and when a packed layer was replaced by
+  /// one that is not in them: they would not be trained. The const form only reads, and gives what there is.
   [[nodiscard]] std::span<T> values() { return used("values", &detail::FlatBlocks<T>::values); }
   [[nodiscard]] std::span<const T> values() const noexcept {
     if (!blocks_) return {};
@@ -266,7 +266,12 @@ class FlatParameters {
   using Node = std::shared_ptr<detail::ParameterNode<T>>;
 
   [[nodiscard]] std::span<T> used(const char* what, Buffer<T> detail::FlatBlocks<T>::*block) {
-    if (!blocks_) return {};
+    if (!blocks_) {
+      if (!parts_.empty()) [[unlikely]]
+        throw ArgumentError(detail::text("FlatParameters::", what, ": ", parts_.size(),
+                                         " layers were added and pack() was not called; they would not be trained"));
+      return {};
+    }
     if (blocks_->deserted) [[unlikely]]
       throw ArgumentError(detail::text("FlatParameters::", what, ": after pack() the layer '", blocks_->deserter,
                                        "' was relocated or replaced by another, which is not in these blocks and would "

@@ -93,6 +93,20 @@ class Matrix {
   /// A copy of any matrix-like thing of the same scalar, or of one that converts (float → double, bf16 → float).
   template <MatrixLike X>
   requires(!std::is_same_v<std::remove_cvref_t<X>, Matrix>) explicit Matrix(X&& other) { assign(view_of(other)); }
+  Matrix(const Matrix&) = default;
+  Matrix& operator=(const Matrix&) = default;
+  /// What was moved from is 0×0: used again, it is refused by its shape.
+  Matrix(Matrix&& other) noexcept
+      : storage_(std::move(other.storage_)),
+        rows_(std::exchange(other.rows_, 0)),
+        cols_(std::exchange(other.cols_, 0)) {}
+  Matrix& operator=(Matrix&& other) noexcept {
+    storage_ = std::exchange(other.storage_, Buffer<T>());
+    rows_ = std::exchange(other.rows_, 0);
+    cols_ = std::exchange(other.cols_, 0);
+    return *this;
+  }
+  ~Matrix() = default;
 
   /// New shape; contents are unspecified afterwards. Allocates only when it must grow. **Throws** ShapeError on a
   /// negative size or one no memory holds.

@@ -402,6 +402,12 @@ inline std::vector<std::string> module_suffixes(const PeftAdapter& adapter) {
                           "' is neither of modules_to_save nor a bias that the setting bias means");
     specs.push_back({full(t.spec.name, ""), t.spec.dtype, t.spec.shape});
   }
+  for (const AdapterModule& m : adapter.modules)
+    if (m.dtype == Dtype::F16) {
+      const auto row = [](const std::vector<float>& v) { return Matrix<float>(view_of(v.data(), 1, Index(v.size()))); };
+      for (const Matrix<float>& values : {m.factors.A, m.factors.B, row(m.magnitude), row(m.bias)})
+        expect_f16_range(directory, m.name, values);
+    }
   std::error_code failed;
   fs::create_directories(directory, failed);
   if (failed) throw IoError(directory, "cannot create the directory: " + failed.message());

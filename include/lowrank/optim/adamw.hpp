@@ -15,7 +15,7 @@ namespace lowrank {
 
 struct AdamWOptions {
   double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
-  double weight_decay = 0;  ///< for parameters in no group
+  double weight_decay = 0;  ///< for parameters in no group; an error where the groups hold all
 };
 
 /// AdamW: m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g²; θ ← θ − lr·λ·θ − lr·m̂/(√v̂ + ε) with m̂ = m/(1−β₁ᵗ), v̂ = v/(1−β₂ᵗ).
@@ -102,6 +102,10 @@ class AdamW {
       next = g.offset + g.size;
     }
     if (next < n) all.push_back({next, n - next, 1.0, o_.weight_decay});
+    if (o_.weight_decay > 0 && n > 0 && all.size() == groups_.size())
+      throw ArgumentError(detail::text("AdamW: weight_decay ", o_.weight_decay,
+                                       " is for parameters in no group, and the ", groups_.size(), " groups hold all ",
+                                       n, "; give the groups their decay"));
     groups_ = std::move(all);
   }
 
